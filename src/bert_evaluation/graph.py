@@ -1,0 +1,195 @@
+"""What we ask of an FX graph: its tensors by name, its layers, its hash, a copy that shares parameters."""
+
+import copy
+import hashlib
+import operator
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+GraphModule = fx.GraphModule
+Node = fx.Node
+
+
+def calls(graph: GraphModule, *targets: Any) -> Iterator[Node]:
+    """The nodes that call one of `targets` (operator overloads), in program order."""
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and node.target in targets:
+            yield node
+
+
+def input_names(graph: GraphModule) -> tuple[str, ...]:
+    """The names of the graph's inputs, by which it is called."""
+    return tuple(str(node.target) for node in graph.graph.nodes if node.op == "placeholder")
+
+
+def layer(node: Node) -> str:
+    """The path of the module that made this node, such as `bert.encoder.layer.0.attention.self.query`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(list(stack.values())[-1][0]) if stack else ""
+    if not path and node.op == "get_attr":
+        path = str(node.target).rpartition(".")[0]
+    return path
+
+
+def tensors(graph: GraphModule) -> dict[str, Tensor]:
+    """Every parameter and buffer of the graph under its own name (a shared one under each of its names)."""
+    found = dict(graph.named_parameters(remove_duplicate=False))
+    return found | dict(graph.named_buffers(remove_duplicate=False))
+
+
+def get_tensor(graph: GraphModule, name: str) -> Tensor | None:
+    """The parameter or buffer called `name`, or None where there is none."""
+    owner: Any = graph
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    return owner if isinstance(owner, Tensor) else None
+
+
+def set_tensor(graph: GraphModule, name: str, tensor: Tensor) -> None:
+    """Put `tensor` under `name`, as a parameter if it is one, making the modules on the way."""
+    path, _, leaf = name.rpartition(".")
+    owner: nn.Module = graph
+    for part in path.split(".") if path else ():
+        if not isinstance(getattr(owner, part, None), nn.Module):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if hasattr(owner, leaf):
+        delattr(owner, leaf)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor)
+
+
+def like(tensor: Tensor, source: Tensor) -> Tensor:
+    """`tensor` as what `source` is: a parameter with the same `requires_grad`, or a plain tensor (a buffer)."""
+    if isinstance(source, nn.Parameter):
+        return nn.Parameter(tensor.detach(), requires_grad=source.requires_grad)
+    return tensor
+
+
+def read_names(graph: GraphModule) -> set[str]:
+    """The names of the parameters and buffers that some node of the graph reads."""
+    return {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+
+
+def drop(graph: GraphModule, names: set[str]) -> None:
+    """Remove these parameters and buffers, and the modules that are empty without them."""
+    for name in sorted(names):
+        path, _, leaf = name.rpartition(".")
+        delattr(graph.get_submodule(path), leaf)
+        while path and _is_empty(graph.get_submodule(path)):
+            path, _, child = path.rpartition(".")
+            delattr(graph.get_submodule(path), child)
+
+
+def _is_empty(module: nn.Module) -> bool:
+    return next(module.children(), None) is None and next(iter(module.state_dict()), None) is None
+
+
+def fork(graph: GraphModule) -> GraphModule:
+    """A graph of its own over the same parameters: editing one never changes the other, nor costs its memory."""
+    twin = GraphModule(graph, copy.deepcopy(graph.graph))
+    twin.meta = copy.copy(graph.meta)
+    twin.train(graph.training)
+    return twin
+
+
+def is_mutable(node: Node) -> bool:
+    """Whether the node writes into a tensor that already exists."""
+    schema = getattr(node.target, "_schema", None)  # OpOverload has no public name for its schema
+    return bool(schema is not None and schema.is_mutable)
+
+
+def _describe(value: Any, number: dict[Node, int], graph: nn.Module) -> str:
+    if isinstance(value, Node):
+        return f"%{number[value]}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ",".join(_describe(item, number, graph) for item in value) + ")"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_describe(item, number, graph)}" for key, item in sorted(value.items())) + "}"
+    if isinstance(value, slice):
+        return f"slice{_describe((value.start, value.stop, value.step), number, graph)}"
+    return f"{type(value).__name__}:{value!r}"
+
+
+def _describe_target(node: Node, graph: nn.Module) -> str:
+    target = node.target
+    if node.op == "get_attr":
+        attribute: Any = graph
+        for part in str(target).split("."):
+            attribute = getattr(attribute, part)
+        if isinstance(attribute, GraphModule):
+            return f"graph {graph_hash(attribute)}"
+        return f"{target} {attribute.dtype} {tuple(attribute.shape)}"
+    if isinstance(target, (types.FunctionType, types.BuiltinFunctionType)):
+        return f"{target.__module__}.{target.__qualname__}"
+    return str(target)
+
+
+def graph_hash(graph: GraphModule) -> str:
+    """A hash of what the graph computes with: operators, arguments, names, shapes and types of its parameters.
+
+    The same in every process. The names of intermediate nodes and the values of parameters are left out.
+    """
+    number: dict[Node, int] = {}
+    lines = []
+    for node in graph.graph.nodes:
+        arguments = _describe([list(node.args), dict(node.kwargs)], number, graph)
+        lines.append(f"{node.op} {_describe_target(node, graph)} {arguments}")
+        number[node] = len(number)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """A hash of every parameter and buffer that the module would save: name, type, shape and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(bits.tobytes())
+    return digest.hexdigest()
+
+
+def propagate(node: Node) -> None:
+    """Give a new node the fake value (`meta["val"]`: shape, type, device) that its operator makes of its inputs'."""
+    if node.op == "get_attr":
+        graph = node.graph.owning_module
+        tensor = get_tensor(graph, str(node.target)) if graph is not None else None
+        near = next((n.meta["val"] for n in node.graph.nodes if isinstance(n.meta.get("val"), Tensor)), None)
+        if near is not None and tensor is not None:
+            node.meta["val"] = near.new_empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    elif callable(node.target) and all("val" in source.meta for source in node.all_input_nodes):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+        node.meta["val"] = node.target(*args, **kwargs)
+
+
+def _root(node: Node) -> Node:
+    """The node whose memory this one's result may share: itself, unless it is a view or passes its input on."""
+    if node.op != "call_function" or not node.args:
+        return node
+    source = node.args[0]
+    if isinstance(source, Node) and (node.target is operator.getitem or is_alias(node)):
+        return _root(source)
+    return node
+
+
+def is_alias(node: Node) -> bool:
+    """Whether the operator may return its first argument, or a view of it, rather than new memory."""
+    schema = getattr(node.target, "_schema", None)
+    if node.target is torch.ops.aten.dropout.default:  # its schema does not say that eval mode returns the input
+        return True
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def shared_outputs(graph: GraphModule) -> set[tuple[int, str]]:
+    """Which outputs share memory with which earlier output (`output 0`), input or parameter."""
+    leaves: list[Node] = []
+    fx.map_arg(graph.graph.output_node().args, leaves.append)
+    roots = [_root(leaf) for leaf in leaves]
+    shared = {(i, f"output {roots.index(root)}") for i, root in enumerate(roots) if roots.index(root) < i}
+    return shared | {(i, root.name) for i, root in enumerate(roots) if root.op in ("placeholder", "get_attr")}
