@@ -1,0 +1,70 @@
+"""Devices: choosing one, waiting for it, and what machine it is part of."""
+
+import difflib
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from bert_evaluation.errors import BertEvaluationError, UsageError
+
+KINDS = ("cuda", "mps", "cpu")  # best first
+
+
+def is_present(kind: str) -> bool:
+    """Whether this machine and this build of torch have such a device."""
+    present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    return kind == "cpu" or present[kind]()
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name` (`cpu`, `mps`, `cuda`, `cuda:1`), or the best one present for `auto`.
+
+    Raises UsageError for a name that is none, BertEvaluationError for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device(next(kind for kind in KINDS if is_present(kind)))
+    kind, _, index = name.partition(":")
+    if kind not in KINDS or (index and not index.isdecimal()):
+        near = difflib.get_close_matches(kind.lower(), ("auto", *KINDS), n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are auto, {', '.join(KINDS)}."
+        raise UsageError(f"There is no kind of device {name!r}; {hint}")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not is_present(kind) or int(index or 0) >= count:
+        present = ", ".join(each for each in KINDS if is_present(each))
+        raise BertEvaluationError(f"This machine has no device {name}; it has {present}.")
+    return torch.device(name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a result was measured on: processor, threads, device, versions."""
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "bert_evaluation": version("bert-evaluation"),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
