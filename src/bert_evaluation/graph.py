@@ -193,3 +193,23 @@ def shared_outputs(graph: GraphModule) -> set[tuple[int, str]]:
     roots = [_root(leaf) for leaf in leaves]
     shared = {(i, f"output {roots.index(root)}") for i, root in enumerate(roots) if roots.index(root) < i}
     return shared | {(i, root.name) for i, root in enumerate(roots) if root.op in ("placeholder", "get_attr")}
+
+
+def in_double(graph: GraphModule) -> GraphModule:
+    """A copy of the graph that computes in float64 what the graph computes in float32."""
+    twin = copy.deepcopy(graph).double()
+    for node in list(twin.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            twin.graph.erase_node(node)
+            continue
+        node.args, node.kwargs = _doubled(node.args), _doubled(node.kwargs)
+    twin.recompile()
+    return twin
+
+
+def _doubled(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_doubled(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _doubled(item) for key, item in value.items()}
+    return torch.float64 if value is torch.float32 else value
