@@ -3,7 +3,6 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import batched
 from typing import Any
 
 import torch
@@ -92,7 +91,8 @@ def evaluate_together(
     with torch.inference_mode():
         for model in models.values():
             answer_batch(model, cut[:batch_size], padding, rule)
-        for group in batched(cut, batch_size):
+        for first in range(0, len(cut), batch_size):
+            group = cut[first : first + batch_size]
             for name in order.sample(list(models), len(models)):
                 took, found = timed(
                     lambda name=name, group=group: answer_batch(models[name], group, padding, rule),  # type: ignore[misc]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree  # no public name for what export and transformers register outputs with
 
 GraphModule = fx.GraphModule
 Node = fx.Node
@@ -30,8 +31,9 @@ def layer(node: Node) -> str:
     """The path of the module that made this node, such as `bert.encoder.layer.0.attention.self.query`."""
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
-    if not path and node.op == "get_attr":
-        path = str(node.target).rpartition(".")[0]
+    if not path:
+        read = node if node.op == "get_attr" else next((n for n in node.all_input_nodes if n.op == "get_attr"), None)
+        path = str(read.target).rpartition(".")[0] if read is not None else ""
     return path
 
 
@@ -193,6 +195,11 @@ def shared_outputs(graph: GraphModule) -> set[tuple[int, str]]:
     roots = [_root(leaf) for leaf in leaves]
     shared = {(i, f"output {roots.index(root)}") for i, root in enumerate(roots) if roots.index(root) < i}
     return shared | {(i, root.name) for i, root in enumerate(roots) if root.op in ("placeholder", "get_attr")}
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors in what a model returned, in its order."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def in_double(graph: GraphModule) -> GraphModule:

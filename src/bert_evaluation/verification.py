@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.pytree import tree_leaves
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import capture, eval_mode, text_inputs
@@ -137,7 +136,7 @@ def _largest(tensor: Tensor) -> float:
 
 def _outputs(model: nn.Module, inputs: Iterable[Mapping[str, Tensor]]) -> tuple[list[Tensor], ...]:
     with torch.inference_mode(), eval_mode(model):
-        return tuple([leaf for leaf in tree_leaves(model(**each)) if isinstance(leaf, Tensor)] for each in inputs)
+        return tuple(graphs.output_tensors(model(**each)) for each in inputs)
 
 
 def _distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
