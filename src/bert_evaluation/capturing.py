@@ -43,9 +43,8 @@ def save(graph: GraphModule, file: str | Path) -> None:
 
     Its history does not travel: what was transformed before cannot be undone after. Raises CaptureError.
     """
-    examples, shapes = _examples_and_shapes(graph)
     with torch.no_grad():
-        torch.export.save(_export(graph, examples, shapes), file)
+        torch.export.save(_export(graph, example_inputs(graph), dynamic_dimensions(graph)), file)
 
 
 def read(file: str | Path) -> GraphModule:
@@ -108,15 +107,29 @@ def _plain(exported: torch.export.ExportedProgram) -> GraphModule:
     return GraphModule(unlifted, unlifted.graph, "Captured").eval()
 
 
-def _examples_and_shapes(graph: GraphModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inputs of a graph, and which of their dimensions are dynamic, from the shapes it was captured with."""
-    examples, shapes = {}, {}
-    sizes: dict[str, int] = {}
+def dynamic_dimensions(graph: GraphModule) -> dict[str, dict[int, Any]]:
+    """Which dimensions of each input are dynamic, as `torch.export` takes them."""
+    return {
+        str(node.target): {i: DYNAMIC for i, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)}
+        for node in graph.graph.find_nodes(op="placeholder")
+    }
+
+
+def example_inputs(graph: GraphModule, smallest: int = 2) -> dict[str, Tensor]:
+    """Inputs that a graph takes: normal floats, zeros of other types. Equal dynamic sizes stay equal.
+
+    The first dynamic size (the batch) is `smallest`, each further one 3 more. Raises CaptureError for a graph that
+    does not know its shapes.
+    """
+    random, sizes, inputs = torch.Generator().manual_seed(0), dict[str, int](), dict[str, Tensor]()
     for node in graph.graph.find_nodes(op="placeholder"):
-        value = node.meta["val"]
-        shapes[node.target] = {i: DYNAMIC for i, size in enumerate(value.shape) if not isinstance(size, int)}
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            raise CaptureError(f"The graph does not know the shape of its input {node.target}; make it with capture.")
         shape = [
-            size if isinstance(size, int) else sizes.setdefault(str(size), 2 + 3 * len(sizes)) for size in value.shape
+            size if isinstance(size, int) else sizes.setdefault(str(size), smallest + 3 * len(sizes))
+            for size in value.shape
         ]
-        examples[node.target] = torch.zeros(shape, dtype=value.dtype, device=value.device)
-    return examples, shapes
+        tensor = torch.randn(shape, generator=random) if value.is_floating_point() else torch.zeros(shape)
+        inputs[str(node.target)] = tensor.to(value.device, value.dtype)
+    return inputs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bert_evaluation import graph as graphs
-from bert_evaluation.capturing import capture, eval_mode, text_inputs
+from bert_evaluation.capturing import capture, eval_mode, example_inputs, text_inputs
 from bert_evaluation.errors import UsageError
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Approximates, Bitwise, promise_of
@@ -76,10 +76,21 @@ def text_probes(model: nn.Module) -> tuple[Probe, ...]:
     return tuple(probes)
 
 
+def default_probes(model: nn.Module, graph: GraphModule | None = None) -> tuple[Probe, ...]:
+    """Those of a text encoder; for any other module, batches of 1, 2 and 7 of what its graph takes."""
+    if hasattr(model, "config"):
+        return text_probes(model)
+    if graph is None and isinstance(model, GraphModule):
+        graph = model
+    if graph is None:
+        raise UsageError(f"{type(model).__name__} is no text encoder: give probes to verify it with.")
+    return tuple(Probe(f"batch {size}", example_inputs(graph, size)) for size in (1, 2, 7))
+
+
 def observe(model: nn.Module, probes: Sequence[Probe] | None = None) -> Reference:
     """Run the model on the probes (its own for a transformers encoder), in its type and in float64."""
     if probes is None:
-        probes = text_probes(model)
+        probes = default_probes(model)
     if not probes:
         raise UsageError("There is nothing to verify with: give at least one probe.")
     precise = graphs.in_double(model) if isinstance(model, GraphModule) else copy.deepcopy(model).double()
@@ -93,7 +104,7 @@ def observe(model: nn.Module, probes: Sequence[Probe] | None = None) -> Referenc
 
 def verify(model: nn.Module, graph: GraphModule, probes: Sequence[Probe] | None = None) -> Verification:
     """Check the promise of everything that was done to `graph`, which was captured from `model`."""
-    return check(observe(model, probes), graph)
+    return check(observe(model, default_probes(model, graph) if probes is None else probes), graph)
 
 
 def check(reference: Reference, graph: GraphModule) -> Verification:
