@@ -10,6 +10,7 @@ from torch import nn
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import text_inputs
+from bert_evaluation.errors import UsageError
 from bert_evaluation.graph import GraphModule
 from bert_evaluation.measurement import timed
 from bert_evaluation.squad.answers import Answer, AnswerRule, Span, best_span, choose
@@ -77,14 +78,19 @@ def evaluate_together(
     windowing: Windowing = Windowing(),  # noqa: B008
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
+    on_start: Callable[[int], None] = lambda total: None,
     on_windows: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Evaluation]:
     """Answer every question with each model: the same batches, in a new random order of models for each batch.
 
-    Windows are batched by length, the longest first. `on_windows` is told how many are done.
+    Windows are batched by length, the longest first. `on_start` is told how many there are, `on_windows` of those done.
+    Raises UsageError for a batch size below 1.
     """
+    if batch_size < 1:
+        raise UsageError(f"A batch of {batch_size} holds nothing; give a batch size of at least 1.")
     cut = sorted(windows(tokenizer, dataset.examples, windowing), key=len, reverse=True)
     order = random.Random(seed)  # noqa: S311
+    on_start(len(cut))
     spans = {name: [list[Span]() for _ in dataset.examples] for name in models}
     seconds = {name: list[float]() for name in models}
     padding = tokenizer.pad_token_id or 0
@@ -115,11 +121,18 @@ def answer_batch(model: nn.Module, group: Sequence[Window], padding: int, rule: 
     return [best_span(window, start[row], end[row], rule) for row, window in enumerate(group)]
 
 
-def answer(model: nn.Module, tokenizer: Any, question: str, context: str, rule: AnswerRule = AnswerRule()) -> Answer:  # noqa: B008
+def answer(
+    model: nn.Module,
+    tokenizer: Any,
+    question: str,
+    context: str,
+    rule: AnswerRule = AnswerRule(),  # noqa: B008
+    windowing: Windowing = Windowing(),  # noqa: B008
+) -> Answer:
     """The answer to one question."""
     example = Example("", question, context, ())
     with torch.inference_mode():
-        spans = answer_batch(model, windows(tokenizer, [example]), tokenizer.pad_token_id or 0, rule)
+        spans = answer_batch(model, windows(tokenizer, [example], windowing), tokenizer.pad_token_id or 0, rule)
     return choose(example, spans, rule)
 
 

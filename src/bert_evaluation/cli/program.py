@@ -1,0 +1,39 @@
+"""The program, and how it ends: one sentence and an exit code, a traceback only with --debug."""
+
+import sys
+
+import typer
+
+from bert_evaluation.cli import root, transformations
+from bert_evaluation.errors import BertEvaluationError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+app.callback(invoke_without_command=True)(root.root)
+app.command("transformations")(transformations.transformations)
+
+
+def main() -> None:
+    """Run the command line. Exit code 0; 2 for a request that is off, 1 for what else fails, 130 for Ctrl-C."""
+    debug = "--debug" in sys.argv
+    try:
+        app(prog_name="bert-evaluation")
+    except BertEvaluationError as error:
+        if debug:
+            raise
+        _end(str(error), 2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        _end("Interrupted; nothing was written.", 130)
+    except OSError as error:
+        if debug:
+            raise
+        _end(f"{error.strerror or error}" + (f": {error.filename}." if error.filename else "."), 1)
+
+
+def _end(sentence: str, code: int) -> None:
+    print(f"bert-evaluation: {sentence}", file=sys.stderr)
+    raise SystemExit(code)
