@@ -87,7 +87,13 @@ def _folder(name: str | Path, built_in: Path) -> Path | None:
 def _looks_like_path(name: str | Path) -> bool:
     """Whether a name cannot be one of the hub, which are `model` or `owner/model`."""
     text = str(name)
-    return isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep != "/" and os.sep in text
+    return (
+        isinstance(name, Path)
+        or text.startswith((".", "/", "~"))
+        or text.count("/") > 1
+        or (os.sep != "/"
+        and os.sep in text)
+    )
 
 
 def _check_files(folder: Path) -> None:
@@ -116,7 +122,9 @@ def _fetch(name: str | Path, folder: Path | None, get: Callable[[bool], T]) -> T
     try:
         return get(True) if folder is not None else _offline_first(get)
     except SafetensorError as error:
-        raise CheckpointError(f"The weights of {name} are damaged: {_first_line(error)}; fetch or save them again.") from error
+        raise CheckpointError(
+            f"The weights of {name} are damaged: {_first_line(error)}; fetch or save them again."
+        ) from error
     except Exception as error:
         if "Unrecognized configuration class" in str(error):
             raise CheckpointError(f"{name} has no question-answering head: transformers knows none for it.") from error

@@ -106,7 +106,7 @@ class Listener:
     advance: Callable[[int], None] = lambda count: None
 
 
-def run(experiment: Experiment, listener: Listener = Listener()) -> Outcome:  # noqa: B008
+def run(experiment: Experiment, listener: Listener = Listener()) -> Outcome:
     """Carry an experiment out: transform, infer, evaluate, as asked; what is cheap to refuse is refused first."""
     recipes = _recipes(experiment)
     device = choose_device(experiment.device)

@@ -101,12 +101,18 @@ def parse_recipe(text: str, registry: tuple[type[Transformation], ...]) -> Recip
     """
     try:
         terms = _terms(ast.parse(text.strip(), mode="eval").body)
-        calls = [(term.func, term.keywords, term.args) if isinstance(term, ast.Call) else (term, [], []) for term in terms]
-        parsed = [(_name(func), {str(k.arg): ast.literal_eval(k.value) for k in keywords}) for func, keywords, _ in calls]
+        calls = [
+            (term.func, term.keywords, term.args) if isinstance(term, ast.Call) else (term, [], []) for term in terms
+        ]
+        parsed = [
+            (_name(func), {str(k.arg): ast.literal_eval(k.value) for k in keywords}) for func, keywords, _ in calls
+        ]
         if any(positional for _, _, positional in calls):
             raise ValueError(text)
     except (SyntaxError, ValueError):
-        raise UsageError(f"{text!r} is not a recipe; write names joined by +, such as RemoveDropout+MergeLinears.") from None
+        raise UsageError(
+            f"{text!r} is not a recipe; write names joined by +, such as RemoveDropout+MergeLinears."
+        ) from None
     return compose(*(_make(name, arguments, registry) for name, arguments in parsed))
 
 

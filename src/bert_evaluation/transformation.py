@@ -189,7 +189,11 @@ class Transformation:
                 graph_module.graph.lint()
                 graph_module.recompile()
             step = Applied(
-                copy.copy(self), report, self._memos, before if report.applied else None, graphs.graph_hash(graph_module)
+                copy.copy(self),
+                report,
+                self._memos,
+                before if report.applied else None,
+                graphs.graph_hash(graph_module),
             )
             graph_module.meta[HISTORY] = (*history(graph_module), step)
         self._report = report

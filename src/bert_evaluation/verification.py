@@ -209,7 +209,11 @@ def _record(graph: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, tuple
 def _first_difference(reference: Reference, graph: GraphModule, index: int) -> str | None:
     """The first node of the untransformed graph whose namesake in the transformed one returns something else."""
     probe, model = reference.probes[index], reference.model
-    base = model if isinstance(model, GraphModule) else capture(model, probe.inputs if not hasattr(model, "config") else None)
+    base = (
+        model
+        if isinstance(model, GraphModule)
+        else capture(model, probe.inputs if not hasattr(model, "config") else None)
+    )
     before, after = _record(base, probe.inputs), _record(graph, probe.inputs)
     scale = 0.0 if isinstance(promise_of(graph), Bitwise) else 1e-4
     for name, (node, value) in before.items():

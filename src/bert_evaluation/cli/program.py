@@ -1,6 +1,7 @@
 """The program, and how it ends: one sentence and an exit code, a traceback only with --debug."""
 
 import sys
+import warnings
 
 import typer
 
@@ -20,6 +21,8 @@ app.command("transformations")(transformations.transformations)
 def main() -> None:
     """Run the command line. Exit code 0; 2 for a request that is off, 1 for what else fails, 130 for Ctrl-C."""
     debug = "--debug" in sys.argv
+    # Copying a graph makes torch warn of a use of its own.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app(prog_name="bert-evaluation")
     except BertEvaluationError as error:

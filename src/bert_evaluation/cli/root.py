@@ -1,7 +1,6 @@
 """The original script's options, and more."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +22,8 @@ def root(
     samples: Annotated[int | None, typer.Option(help="evaluate on so many questions, chosen at random")] = None,
     seed: Annotated[int, typer.Option(help="seed of that choice")] = 42,
     recipe: Annotated[
-        list[str] | None, typer.Option(help='instead of the default ones, e.g. "RemoveDropout+MergeLinears"; repeatable')
+        list[str] | None,
+        typer.Option(help='instead of the default ones, e.g. "RemoveDropout+MergeLinears"; repeatable'),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="windows evaluated at once")] = 8,
     rounds: Annotated[int, typer.Option(help="timed rounds of --infer")] = 40,

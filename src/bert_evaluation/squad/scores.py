@@ -69,9 +69,7 @@ def score(
     if no_answer_probability is not None:
         order = sorted((each for each in no_answer_probability if each in raw), key=no_answer_probability.__getitem__)
         for index, name in enumerate(("exact", "f1")):
-            gains = [
-                raw[each][index] if answerable[each] else -float(bool(predictions[each])) for each in order
-            ]
+            gains = [raw[each][index] if answerable[each] else -float(bool(predictions[each])) for each in order]
             best, threshold = _best_threshold(gains, [no_answer_probability[each] for each in order])
             unanswerable = sum(not kind for kind in answerable.values())
             result |= {f"best_{name}": 100 * (unanswerable + best) / len(raw), f"best_{name}_thresh": threshold}

@@ -39,7 +39,7 @@ class Window:
         return len(self.ids)
 
 
-def windows(tokenizer: Any, examples: Sequence[Example], windowing: Windowing = Windowing()) -> list[Window]:  # noqa: B008
+def windows(tokenizer: Any, examples: Sequence[Example], windowing: Windowing = Windowing()) -> list[Window]:
     """Cut every example into windows. Raises UsageError for a tokenizer without offsets or windows that are too short."""
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(f"{type(tokenizer).__name__} does not tell where a token stands; a fast tokenizer is needed.")

@@ -125,7 +125,9 @@ class MergeLinears(ReversibleTransformation):
         sites: dict[tuple[Node | None, ...], list[Node]] = {}
         for linears in _by_input(graphs.calls(graph, aten.linear.default)):
             if len(linears) > 1:
-                sites.setdefault(tuple(node for linear in linears for node in weight_and_bias(linear)), []).extend(linears)
+                sites.setdefault(tuple(node for linear in linears for node in weight_and_bias(linear)), []).extend(
+                    linears
+                )
         return [Site(linears[0], tuple(linears)) for linears in sites.values()]
 
     def why_not(self, site: Site) -> str | None:
