@@ -31,8 +31,8 @@ def load(name: str | Path = builtin.NAME, device: torch.device | str = "cpu") ->
     if folder is not None:
         _check_files(folder)
     source = str(folder or name)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model, info = _fetch(name, folder, lambda local: _model(source, local))
     if missing := sorted(info["missing_keys"]):
         made_for = (model.config.architectures or ["model of another task"])[0]
@@ -91,8 +91,7 @@ def _looks_like_path(name: str | Path) -> bool:
         isinstance(name, Path)
         or text.startswith((".", "/", "~"))
         or text.count("/") > 1
-        or (os.sep != "/"
-        and os.sep in text)
+        or (os.sep != "/" and os.sep in text)
     )
 
 

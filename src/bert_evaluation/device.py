@@ -15,8 +15,9 @@ KINDS = ("cuda", "mps", "cpu")  # best first
 
 def is_present(kind: str) -> bool:
     """Whether this machine and this build of torch have such a device."""
-    present = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    return kind == "cpu" or present[kind]()
+    if kind == "cuda":
+        return torch.cuda.is_available()
+    return kind == "cpu" or torch.backends.mps.is_available()
 
 
 def choose_device(name: str = "auto") -> torch.device:

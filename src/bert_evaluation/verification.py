@@ -217,7 +217,9 @@ def _first_difference(reference: Reference, graph: GraphModule, index: int) -> s
     before, after = _record(base, probe.inputs), _record(graph, probe.inputs)
     scale = 0.0 if isinstance(promise_of(graph), Bitwise) else 1e-4
     for name, (node, value) in before.items():
-        if name in after and isinstance(value, Tensor) and isinstance(after[name][1], Tensor):
-            if _distance([value], [after[name][1]]) > scale * _largest(value.double()):
-                return f"{graphs.layer(node)} ({name})" if graphs.layer(node) else name
+        other = after.get(name, (None, None))[1]
+        if not (isinstance(value, Tensor) and isinstance(other, Tensor)):
+            continue
+        if _distance([value], [other]) > scale * _largest(value.double()):
+            return f"{graphs.layer(node)} ({name})" if graphs.layer(node) else name
     return None

@@ -30,7 +30,7 @@ def _scale_and_shift(norm: Node) -> tuple[Tensor, Tensor]:
     weight, bias, mean, variance = (
         tensor_of(node).detach().double() if isinstance(node, Node) else None for node in norm.args[1:5]
     )
-    assert mean is not None and variance is not None  # noqa: S101, PT018
+    assert mean is not None and variance is not None  # noqa: PT018
     epsilon: Any = norm.args[7]
     scale = torch.rsqrt(variance + epsilon)
     if weight is not None:
@@ -62,7 +62,7 @@ def _fold(graph: GraphModule, norm: Node, layer: Node, weight: Tensor, bias: Ten
             bias_node = graph.graph.get_attr(bias_name)
     layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
     source = norm.args[0]
-    assert isinstance(source, Node)  # noqa: S101
+    assert isinstance(source, Node)
     norm.replace_all_uses_with(source)
     graph.graph.erase_node(norm)
     return memo
@@ -117,7 +117,7 @@ class FuseBatchNorm1dInLinear(_FoldNorm):
         """Fold into the linear before it, else into the one after it."""
         norm = site.node
         layer = self._layer(norm)
-        assert layer is not None  # noqa: S101
+        assert layer is not None
         scale, shift = _scale_and_shift(norm)
         weight_node, bias_node = weight_and_bias(layer)
         weight = tensor_of(weight_node).detach().double()

@@ -18,7 +18,7 @@ def weight_and_bias(linear: Node) -> tuple[Node, Node | None]:
     """The nodes that give a linear (or a convolution) its weight and its bias."""
     arguments = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | linear.kwargs
     weight, bias = arguments["weight"], arguments.get("bias")
-    assert isinstance(weight, Node)  # noqa: S101
+    assert isinstance(weight, Node)
     return weight, bias if isinstance(bias, Node) else None
 
 
@@ -57,7 +57,7 @@ def tensor_of(node: Node) -> Tensor:
     """The stored tensor that a `get_attr` node reads."""
     graph = node.graph.owning_module
     tensor = graphs.get_tensor(graph, str(node.target)) if graph is not None else None
-    assert tensor is not None  # noqa: S101
+    assert tensor is not None
     return tensor
 
 
@@ -178,8 +178,8 @@ class MergeLinears(ReversibleTransformation):
         """Cut the merged parameters into those that they were made of."""
         for name, parts in zip(*memo, strict=True):
             merged = graphs.get_tensor(graph, name)
-            assert merged is not None  # noqa: S101
-            pieces = merged.split([part.size for part in parts])
+            assert merged is not None
+            pieces = torch.split(merged, [part.size for part in parts])
             for part, piece in zip(parts, pieces, strict=True):
                 _restore(graph, part, piece)
 
@@ -239,7 +239,7 @@ class FuseBiasInLinear(ReversibleTransformation):
         memo = (name, [_part(weight), _part(bias)])
         for linear in site.nodes:
             source = linear.args[0]
-            assert isinstance(source, Node)  # noqa: S101
+            assert isinstance(source, Node)
             with graph.graph.inserting_before(linear):
                 padded = _padded(source, linear) or graph.graph.call_function(
                     aten.constant_pad_nd.default, (source, [0, 1], 1.0)
@@ -254,7 +254,7 @@ class FuseBiasInLinear(ReversibleTransformation):
         """Cut the last column off."""
         name, (weight, bias) = memo
         fused = graphs.get_tensor(graph, name)
-        assert fused is not None  # noqa: S101
+        assert fused is not None
         _restore(graph, weight, fused[:, :-1])
         _restore(graph, bias, fused[:, -1])
 
