@@ -40,7 +40,7 @@ class Window:
 
 
 def windows(tokenizer: Any, examples: Sequence[Example], windowing: Windowing = Windowing()) -> list[Window]:
-    """Cut every example into windows. Raises UsageError for a tokenizer without offsets or windows that are too short."""
+    """Cut every example into windows. Raises UsageError for a tokenizer without offsets or too short windows."""
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(f"{type(tokenizer).__name__} does not tell where a token stands; a fast tokenizer is needed.")
     limit = min(windowing.max_length, tokenizer.model_max_length)
@@ -62,7 +62,7 @@ def windows(tokenizer: Any, examples: Sequence[Example], windowing: Windowing = 
 
 
 def batch(group: Sequence[Window], padding: int, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    """The windows as int64 tensors (batch, length), padded on the right, under those of the `names` that a model takes."""
+    """The windows as int64 tensors (batch, length), padded on the right, under those of `names` that there are."""
     shape = (len(group), max(len(window) for window in group))
     arrays = {
         "input_ids": np.full(shape, padding),
