@@ -29,9 +29,15 @@ def test_equals_the_official_scorer(half_a, golden, name):
 
 def test_known_values():
     assert score(TWO, {"a": "cat!", "b": ""}) == {
-        "exact": 100, "f1": 100, "total": 2,
-        "HasAns_exact": 100, "HasAns_f1": 100, "HasAns_total": 1,
-        "NoAns_exact": 100, "NoAns_f1": 100, "NoAns_total": 1,
+        "exact": 100,
+        "f1": 100,
+        "total": 2,
+        "HasAns_exact": 100,
+        "HasAns_f1": 100,
+        "HasAns_total": 1,
+        "NoAns_exact": 100,
+        "NoAns_f1": 100,
+        "NoAns_total": 1,
     }
     assert score(TWO, {"a": "big dog", "b": "x"})["f1"] == pytest.approx(100 / 3)
 
