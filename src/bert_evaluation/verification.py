@@ -156,7 +156,7 @@ def _distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
         return float("inf")
     worst = 0.0
     for one, other in zip(expected, got, strict=True):
-        a, b = one.double(), other.double()
+        a, b = one.detach().double(), other.detach().double()
         odd = ~(a.isfinite() & b.isfinite())
         if not torch.equal(a[odd].nan_to_num(1.0, 2.0, 3.0), b[odd].nan_to_num(1.0, 2.0, 3.0)):
             return float("inf")

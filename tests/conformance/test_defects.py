@@ -35,7 +35,7 @@ class Pair(nn.Module):
         self.a, self.b, self.calls = nn.Linear(6, 4, bias=bias[0]), nn.Linear(6, 5, bias=bias[1]), calls
 
     def forward(self, x):
-        return [(self.a(x + i).relu(), self.b(x + i).relu()) for i in range(self.calls)]
+        return [(self.a(y).relu(), self.b(y).relu()) for y in [x + i for i in range(self.calls)]]
 
 
 class _Called(nn.Module):
@@ -215,7 +215,8 @@ from bert_evaluation.transformations import REGISTRY, compose
 from bert_evaluation import capture, graph
 from families import tiny
 made = [kind() for kind in REGISTRY]
-print(*(each.signature for each in made), compose(*made).signature, graph.graph_hash(compose(*made)(capture(tiny("bert")))))
+print(*(each.signature for each in made), compose(*made).signature)
+print(graph.graph_hash(compose(*made)(capture(tiny("bert")))))
 """
 
 
