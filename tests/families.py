@@ -43,7 +43,7 @@ def tiny(name, **more):
     """A model with random weights, its biases not zero, in eval mode."""
     torch.manual_seed(0)
     model, config, arguments = MADE_OF[name]
-    made = model(config(**arguments, **more)).eval()
+    made = model(config(**(arguments | more))).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() == 1:

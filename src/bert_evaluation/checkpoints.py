@@ -43,6 +43,11 @@ def load(name: str | Path = builtin.NAME, device: torch.device | str = "cpu") ->
     tokenizer = _fetch(
         name, folder, lambda local: transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
     )
+    # transformers makes up an empty tokenizer where a checkpoint has none.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise CheckpointError(
+            f"{name} has no tokenizer: tokenizer.json is missing; save the tokenizer beside the model."
+        )
     if not tokenizer.is_fast:
         raise CheckpointError(f"{name} has no fast tokenizer (tokenizer.json), which tells where a token stands.")
     return model.to(device).eval(), tokenizer

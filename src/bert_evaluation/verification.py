@@ -141,7 +141,7 @@ def _tolerance(reference: Reference) -> float:
 
 
 def _largest(tensor: Tensor) -> float:
-    finite = tensor[tensor.isfinite()]
+    finite = tensor.detach()[tensor.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
