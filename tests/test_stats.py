@@ -32,7 +32,7 @@ def test_few_or_equal_samples_tell_nothing():
 def test_equal_variants_are_seldom_called_different():
     rng = np.random.default_rng(1)
     verdicts = [speedup(*rng.lognormal(sigma=0.05, size=(2, 40)), seed=run).verdict for run in range(300)]
-    assert verdicts.count("cannot tell") >= 0.92 * len(verdicts)
+    assert verdicts.count("cannot tell") >= 0.95 * len(verdicts)
 
 
 @pytest.mark.parametrize(("base", "variant"), [([], []), ([1.0], [1.0, 2.0])])

@@ -8,6 +8,9 @@ import numpy as np
 
 TimeVerdict = Literal["faster", "slower", "cannot tell"]
 RESAMPLES = 2000
+# The percentile bootstrap of a median of some forty samples covers it less often than its quantiles say; these cover it
+# in at least 95 % of simulated runs.
+QUANTILES = (0.01, 0.99)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def median(samples: Sequence[float], seed: int = 0) -> Interval:
     """The median and its percentile bootstrap interval (Efron 1979)."""
     values = np.asarray(samples, dtype=np.float64)
     draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(np.median(values[draws], axis=1), (0.025, 0.975))
+    low, high = np.quantile(np.median(values[draws], axis=1), QUANTILES)
     return Interval(float(np.median(values)), float(low), float(high))
 
 
