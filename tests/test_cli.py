@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,18 @@ def with_broken_config(path):
 def test_bad_checkpoints(tmp_path, make, part):
     make(tmp_path)
     says(run("--infer", "--model", tmp_path), 1, part)
+
+
+def test_ctrl_c_is_one_sentence(folder):
+    command = [sys.executable, str(ROOT / "bert-evaluation.py"), "--infer", "--transform", "--model", str(folder)]
+    command += ["--rounds", "1000000", "--recipe", "MergeLinears"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OFFLINE) as process:
+        assert process.stdout.readline() == "Transformations\n"  # timing has begun or is about to
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors.startswith("bert-evaluation: Interrupted: ")
+    assert len(errors.splitlines()) == 1
 
 
 def test_debug_shows_the_traceback():

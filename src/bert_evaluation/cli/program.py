@@ -8,6 +8,8 @@ import typer
 from bert_evaluation.cli import root, transformations
 from bert_evaluation.errors import BertEvaluationError, UsageError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,8 +31,11 @@ def main() -> None:
         if debug:
             raise
         _end(str(error), 2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        _end("Interrupted; nothing was written.", 130)
+    except SystemExit as end:
+        # typer turns Ctrl-C into this code, without a word.
+        if end.code == INTERRUPTED:
+            _end("Interrupted: the stages printed so far are complete, no file was written.", INTERRUPTED)
+        raise
     except OSError as error:
         if debug:
             raise
