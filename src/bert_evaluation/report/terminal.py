@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from bert_evaluation.experiment import Outcome, Row
+from bert_evaluation.experiment import Outcome
+from bert_evaluation.rows import Row
 from bert_evaluation.stats import Ratio
 
 ONE_LINE = 4  # refusals named in a listing; the rest is counted
