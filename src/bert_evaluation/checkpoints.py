@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import datasets
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -62,7 +64,7 @@ def load_dataset(name: str | Path = builtin.NAME, split: str = "validation") -> 
         return read_squad(path)
     datasets.disable_progress_bars()
     try:
-        rows = _offline_first(lambda local: _rows(str(name), split, local))
+        rows = list(_offline_first(lambda local: _rows(str(name), split, local or path.is_dir())))
     except Exception as error:
         hint = "" if path.is_dir() else f"; {HELP_HUB}"
         raise DatasetError(f"The data set {name} cannot be had: {_first_line(error)}{hint}.") from error
@@ -70,8 +72,15 @@ def load_dataset(name: str | Path = builtin.NAME, split: str = "validation") -> 
 
 
 def _rows(name: str, split: str, local: bool) -> Any:
-    config = datasets.DownloadConfig(local_files_only=local)
-    return datasets.load_dataset(name, split=split, download_config=config)
+    """The rows of a folder or of the hub's cache, streamed so that no copy is made; else of the hub."""
+    if not local:
+        return datasets.load_dataset(name, split=split)
+    try:
+        folder = name if Path(name).is_dir() else snapshot_download(name, repo_type="dataset", local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        # What is not among the hub's files may still be among the tables that datasets made of them.
+        return datasets.load_dataset(name, split=split, download_config=datasets.DownloadConfig(local_files_only=True))
+    return datasets.load_dataset(folder, split=split, streaming=True)
 
 
 def _model(source: str, local: bool) -> tuple[Any, dict[str, Any]]:
