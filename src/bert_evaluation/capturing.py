@@ -75,6 +75,15 @@ def text_inputs(module: nn.Module, batch: int = 2, length: int = 16) -> dict[str
     return inputs
 
 
+def longest_input(module: nn.Module) -> int:
+    """The tokens that a transformers encoder reads at most; 512 for one that does not say."""
+    positions = int(getattr(module.config, "max_position_embeddings", 512))
+    # RoBERTa and its kin number positions from behind the padding token's id.
+    table = next((part for name, part in module.named_modules() if name.endswith("position_embeddings")), None)
+    padding = getattr(table, "padding_idx", None)
+    return positions - (padding + 1 if padding is not None and padding > 0 else 0)
+
+
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Switch a module to eval mode, and each of its parts back to what it was."""

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from bert_evaluation import builtin
+from bert_evaluation.capturing import longest_input
 from bert_evaluation.errors import CheckpointError, DatasetError
 from bert_evaluation.squad.dataset import Dataset, from_rows, read_squad
 
@@ -22,7 +23,7 @@ HELP_HUB = "give a folder, or connect once so that it is kept in the hub's cache
 
 
 def load(name: str | Path = builtin.NAME, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
-    """A question-answering model in float32 and eval mode, and its fast tokenizer.
+    """A question-answering model in float32 and eval mode, and its fast tokenizer, which knows the longest input.
 
     `name` is `built-in`, a local folder, or a checkpoint of the hub, taken from its cache if it is there. Raises
     CheckpointError for one that is not to be had, has no safetensors weights, or has no question-answering head.
@@ -52,6 +53,7 @@ def load(name: str | Path = builtin.NAME, device: torch.device | str = "cpu") ->
         )
     if not tokenizer.is_fast:
         raise CheckpointError(f"{name} has no fast tokenizer (tokenizer.json), which tells where a token stands.")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
     return model.to(device).eval(), tokenizer
 
 
@@ -64,11 +66,12 @@ def load_dataset(name: str | Path = builtin.NAME, split: str = "validation") -> 
         return read_squad(path)
     datasets.disable_progress_bars()
     try:
-        rows = list(_offline_first(lambda local: _rows(str(name), split, local or path.is_dir())))
+        return _offline_first(lambda local: from_rows(str(name), _rows(str(name), split, local or path.is_dir())))
+    except DatasetError:
+        raise
     except Exception as error:
         hint = "" if path.is_dir() else f"; {HELP_HUB}"
         raise DatasetError(f"The data set {name} cannot be had: {_first_line(error)}{hint}.") from error
-    return from_rows(str(name), rows)
 
 
 def _rows(name: str, split: str, local: bool) -> Any:
@@ -125,6 +128,8 @@ def _check_files(folder: Path) -> None:
 def _offline_first(get: Callable[[bool], T]) -> T:
     try:
         return get(True)
+    except DatasetError:  # it was there
+        raise
     except Exception:
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
             raise

@@ -1,36 +1,72 @@
 """Quality on a data set: several models answer the same questions, taking turns, so that their speeds compare too."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from bert_evaluation import graph as graphs
-from bert_evaluation.capturing import text_inputs
-from bert_evaluation.errors import UsageError
-from bert_evaluation.graph import GraphModule
-from bert_evaluation.measurement import timed
-from bert_evaluation.squad.answers import Answer, AnswerRule, Span, best_span, choose
+from bert_evaluation.answering import BatchResult, Reader, cheapest_batching
+from bert_evaluation.squad.answers import Answer, AnswerRule, Span, choose
+from bert_evaluation.squad.batches import Batching, batches, padded
 from bert_evaluation.squad.dataset import Dataset, Example
-from bert_evaluation.squad.scores import score
-from bert_evaluation.squad.windows import Window, Windowing, batch, windows
+from bert_evaluation.squad.scores import Column, Judged, Row, judge
+from bert_evaluation.squad.windows import Window, Windowing, windows
+from bert_evaluation.stats import Ratio, speedup
 
-BATCH_SIZE = 8
+# Questions that are in memory at a time. Large enough for batches of like length, small beside a model.
+CHUNK = 1024
+
+Results = MutableMapping[int, BatchResult]  # by number of the batch; where they are kept is the caller's affair
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an evaluation computed, and the seconds that each part of it took. Tokens of padding are computed too."""
+
+    tokens: int = 0
+    padding: int = 0
+    tokenise: float = 0.0
+    model: float = 0.0
+    extract: float = 0.0
+    score: float = 0.0
+
+    def with_batches(self, groups: Sequence[Sequence[Window]], tokenise: float) -> "Work":
+        """With these batches too, which it took `tokenise` seconds to make."""
+        tokens = sum(len(window) for group in groups for window in group)
+        padding = sum(map(padded, groups)) - tokens
+        return replace(
+            self,
+            tokens=self.tokens + tokens,
+            padding=self.padding + padding,
+            tokenise=self.tokenise + tokenise,
+        )
+
+    @property
+    def padding_share(self) -> float:
+        """The share of padding in what the model computed."""
+        return self.padding / (self.tokens + self.padding) if self.tokens else 0.0
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores (the official keys, in percent), the answers by question id, and the seconds of each batch.
+    """Scores (the official keys, in percent), the answers by question id, and the result of each batch.
 
-    The best thresholds among the scores are over the best spans, given or not.
+    `exact` and `f1` are those of each question (0 to 1), in order; the best thresholds among the scores are over the
+    best spans, given or not. `times` are the session and the seconds of each batch.
     """
 
     scores: Mapping[str, float]
     details: Mapping[str, Answer]
-    seconds: tuple[float, ...]
+    exact_by_question: Column
+    f1_by_question: Column
+    times: tuple[tuple[int, float], ...]
+    work: Work
 
     @property
     def exact(self) -> float:
@@ -48,14 +84,34 @@ class Evaluation:
         return {each: answer.text for each, answer in self.details.items()}
 
     @property
+    def seconds(self) -> tuple[float, ...]:
+        """Seconds of each batch: forward pass, its inputs, and answer extraction."""
+        return tuple(seconds for _, seconds in self.times)
+
+    @property
     def samples_per_second(self) -> float:
         """Questions a second, of model and answer extraction."""
         return len(self.details) / sum(self.seconds)
 
     @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second, padding left out."""
+        return self.work.tokens / sum(self.seconds)
+
+    @property
     def latency(self) -> float:
         """Milliseconds a question."""
         return 1000 / self.samples_per_second
+
+    def speedup(self, base: "Evaluation") -> Ratio | None:
+        """How many times faster than `base`, by the batches that both ran in the same session; None if there is none.
+
+        Times of different sessions do not pair: the machine may have been another, or busier.
+        """
+        pairs = [(one, other) for one, other in zip(base.times, self.times, strict=True) if one[0] == other[0]]
+        if not pairs:
+            return None
+        return speedup([one for (_, one), _ in pairs], [other for _, (_, other) in pairs])
 
 
 def evaluate(
@@ -64,93 +120,116 @@ def evaluate(
     dataset: Dataset,
     rule: AnswerRule = AnswerRule(),  # noqa: B008  # frozen
     windowing: Windowing = Windowing(),  # noqa: B008
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
+    batching: Batching | None = None,
 ) -> Evaluation:
-    """Answer every question with one model or graph, and score the answers."""
-    return evaluate_together({"model": model}, tokenizer, dataset, rule, windowing, batch_size)["model"]
+    """Answer every question with one model or graph, and score the answers.
+
+    Windows are batched by tokens, so many as measuring finds cheapest, unless `batch_size` (in windows) or `batching`
+    says otherwise.
+    """
+    reader = Reader(model, tokenizer, rule)
+    batching = batching or (
+        Batching(size=batch_size) if batch_size is not None else measured(reader, dataset, windowing)
+    )
+    return evaluate_together({"model": reader}, dataset, batching, windowing)["model"]
+
+
+def measured(reader: Reader, dataset: Dataset, windowing: Windowing) -> Batching:
+    """The batching that is cheapest for this reader, measured on the data set's first questions."""
+    return cheapest_batching(reader, windows(reader.tokenizer, list(islice(dataset.examples, CHUNK)), windowing))
 
 
 def evaluate_together(
-    models: Mapping[str, nn.Module],
-    tokenizer: Any,
+    readers: Mapping[str, Reader],
     dataset: Dataset,
-    rule: AnswerRule = AnswerRule(),  # noqa: B008
+    batching: Batching,
     windowing: Windowing = Windowing(),  # noqa: B008
-    batch_size: int = BATCH_SIZE,
+    results: Mapping[str, Results] | None = None,
+    session: int = 0,
     seed: int = 0,
-    on_start: Callable[[int], None] = lambda total: None,
-    on_windows: Callable[[int], None] = lambda count: None,
+    on_questions: Callable[[str, float], None] = lambda name, count: None,
 ) -> dict[str, Evaluation]:
-    """Answer every question with each model: the same batches, in a new random order of models for each batch.
+    """Answer every question with each reader: the same batches, in a new random order of readers for each batch.
 
-    Windows are batched by length, the longest first. `on_start` is told how many there are, `on_windows` of those done.
-    Raises UsageError for a batch size below 1.
+    Questions are tokenised once for all readers, 1,024 at a time, outside of what is timed; their windows are batched
+    by length. `results` may hold results of batches by number, which are then not computed again, and takes those that
+    are. Batches depend on the arguments only, so a run that is cut off and taken up ends like one that was not.
+    `on_questions` is told of the share of questions done, by reader.
     """
-    if batch_size < 1:
-        raise UsageError(f"A batch of {batch_size} holds nothing; give a batch size of at least 1.")
-    cut = sorted(windows(tokenizer, dataset.examples, windowing), key=len, reverse=True)
-    order = random.Random(seed)  # noqa: S311
-    on_start(len(cut))
-    spans = {name: [list[Span]() for _ in dataset.examples] for name in models}
-    seconds = {name: list[float]() for name in models}
-    padding = tokenizer.pad_token_id or 0
-    with torch.inference_mode():
-        for model in models.values():
-            answer_batch(model, cut[:batch_size], padding, rule)
-        for first in range(0, len(cut), batch_size):
-            group = cut[first : first + batch_size]
-            for name in order.sample(list(models), len(models)):
-                took, found = timed(
-                    lambda name=name, group=group: answer_batch(models[name], group, padding, rule),  # type: ignore[misc]
-                    device_of(models[name]),
-                )
-                seconds[name].append(took)
-                for span in found:
+    kept = {name: results[name] if results else _Nowhere() for name in readers}
+    tables = {name: _Table(reader.rule) for name, reader in readers.items()}
+    tokenizer = next(iter(readers.values())).tokenizer
+    order, numbers, cold, work = random.Random(seed), count(), set(readers), Work()  # noqa: S311
+    for chunk in _chunks(dataset.examples):
+        start = time.perf_counter()
+        groups = list(batches(windows(tokenizer, chunk, windowing), batching))
+        work = work.with_batches(groups, time.perf_counter() - start)
+        windows_of = Counter(window.example for group in groups for window in group)
+        spans = {name: [list[Span]() for _ in chunk] for name in readers}
+        for group, number in zip(groups, numbers):  # noqa: B905  # numbers never end
+            share = sum(1 / windows_of[window.example] for window in group)
+            for name in order.sample(list(readers), len(readers)):
+                result = kept[name].get(number)
+                if result is None:
+                    with torch.inference_mode():
+                        if name in cold:
+                            readers[name].read(group)
+                        result = kept[name][number] = readers[name].read(group, session)
+                    cold.discard(name)
+                for span in result.spans:
                     spans[name][span.example].append(span)
-            on_windows(len(group))
-    return {
-        name: _scored(dataset, [choose(*pair, rule) for pair in zip(dataset.examples, spans[name], strict=True)], times)
-        for name, times in seconds.items()
-    }
+                tables[name].take(result)
+                on_questions(name, share)
+        for name, table in tables.items():
+            table.answer(chunk, spans[name])
+    return {name: table.evaluation(work) for name, table in tables.items()}
 
 
-def answer_batch(model: nn.Module, group: Sequence[Window], padding: int, rule: AnswerRule) -> list[Span]:
-    """The best span of each window."""
-    output = model(**batch(group, padding, model_inputs(model), device_of(model)))
-    start, end = output["start_logits"].float().cpu().numpy(), output["end_logits"].float().cpu().numpy()
-    return [best_span(window, start[row], end[row], rule) for row, window in enumerate(group)]
+def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    rest = iter(examples)
+    while chunk := list(islice(rest, CHUNK)):
+        yield chunk
 
 
-def answer(
-    model: nn.Module,
-    tokenizer: Any,
-    question: str,
-    context: str,
-    rule: AnswerRule = AnswerRule(),  # noqa: B008
-    windowing: Windowing = Windowing(),  # noqa: B008
-) -> Answer:
-    """The answer to one question."""
-    example = Example("", question, context, ())
-    with torch.inference_mode():
-        spans = answer_batch(model, windows(tokenizer, [example], windowing), tokenizer.pad_token_id or 0, rule)
-    return choose(example, spans, rule)
+class _Nowhere(dict[int, BatchResult]):
+    """Results that nobody wants to keep."""
+
+    def __setitem__(self, number: int, result: BatchResult) -> None:
+        pass
 
 
-def model_inputs(model: nn.Module) -> tuple[str, ...]:
-    """The names that a model or graph is called with."""
-    return graphs.input_names(model) if isinstance(model, GraphModule) else tuple(text_inputs(model, 1, 1))
+class _Table:
+    """The answers of one reader as they come, and their scores at the end."""
 
+    def __init__(self, rule: AnswerRule) -> None:
+        self.rule = rule
+        self.answers: dict[str, Answer] = {}
+        self.rows: list[Row] = []
+        self.times: list[tuple[int, float]] = []
+        self.model = self.score = 0.0
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next(model.parameters()).device
+    def take(self, result: BatchResult) -> None:
+        """Take note of the time that a batch took."""
+        self.times.append((result.session, result.seconds))
+        self.model += result.model_seconds
 
+    def answer(self, chunk: Sequence[Example], spans: Sequence[Sequence[Span]]) -> None:
+        """Choose the answers of a chunk, and judge its best spans."""
+        start = time.perf_counter()
+        for example, found in zip(chunk, spans, strict=True):
+            chosen = choose(example.context, found, self.rule)
+            self.answers[example.id] = chosen
+            self.rows.append(judge(example, chosen.span, chosen.null_odds))
+        self.score += time.perf_counter() - start
 
-def _scored(dataset: Dataset, answers: list[Answer], seconds: list[float]) -> Evaluation:
-    details = {example.id: each for example, each in zip(dataset.examples, answers, strict=True)}
-    scores = score(dataset, {each: found.text for each, found in details.items()})
-    spans = {each: found.span for each, found in details.items()}
-    odds = {each: found.null_odds for each, found in details.items()}
-    best = score(dataset, spans, odds)
-    scores |= {key: value for key, value in best.items() if key.startswith("best_")}
-    return Evaluation(scores, details, tuple(seconds))
+    def evaluation(self, work: Work) -> Evaluation:
+        """The scores of what was answered. The best spans, dropped above the threshold, are the answers."""
+        start = time.perf_counter()
+        judged, threshold = Judged.of(self.rows), self.rule.null_threshold
+        scores = judged.averages(threshold) | judged.best_thresholds()
+        exact, f1 = judged.final(threshold)
+        extract = sum(seconds for _, seconds in self.times) - self.model
+        score = self.score + time.perf_counter() - start
+        work = replace(work, model=self.model, extract=extract, score=score)
+        return Evaluation(scores, self.answers, exact, f1, tuple(self.times), work)

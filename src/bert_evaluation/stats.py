@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import binomtest
 
 TimeVerdict = Literal["faster", "slower", "cannot tell"]
+QualityVerdict = Literal["not worse", "worse", "cannot tell"]
 RESAMPLES = 2000
 # The percentile bootstrap of a median of some forty samples covers it less often than its quantiles say; these cover it
 # in at least 95 % of simulated runs.
@@ -27,6 +30,13 @@ class Ratio(Interval):
     """How many times faster: above 1 is faster."""
 
     verdict: TimeVerdict
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """A difference of quality, variant - base: below 0 is a loss. The verdict is about a margin, not about 0."""
+
+    verdict: QualityVerdict
 
 
 def median(samples: Sequence[float], seed: int = 0) -> Interval:
@@ -53,3 +63,39 @@ def speedup(base: Sequence[float], variant: Sequence[float], seed: int = 0) -> R
     elif enough and interval.high < 1:
         verdict = "slower"
     return Ratio(interval.estimate, interval.low, interval.high, verdict)
+
+
+def paired_difference(base: ArrayLike, variant: ArrayLike, wary: bool = False, seed: int = 0) -> Interval:
+    """The mean of variant - base over the same questions, with its percentile bootstrap interval (Efron 1979).
+
+    With `wary`, resamples are drawn from the questions and one more that was lost altogether (a difference of -1):
+    without it a few questions on which nothing was lost would prove that nothing can be. This is the rule of three
+    (Hanley 1983) in the form of a bootstrap.
+    """
+    differences = np.asarray(variant, dtype=np.float64) - np.asarray(base, dtype=np.float64)
+    drawn_from = np.append(differences, -1.0) if wary else differences
+    # A resample is as many draws of each distinct value as a multinomial distribution says.
+    values, counts = np.unique(drawn_from, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(drawn_from), counts / len(drawn_from), size=RESAMPLES)
+    low, high = np.quantile(draws @ values / len(drawn_from), (0.025, 0.975))
+    return Interval(float(differences.mean()), float(low), float(high))
+
+
+def against_margin(difference: Interval, allowed_loss: float) -> Difference:
+    """Whether a difference is surely no worse than the loss that is allowed, surely worse, or neither."""
+    verdict: QualityVerdict = "cannot tell"
+    if difference.low >= -allowed_loss:
+        verdict = "not worse"
+    elif difference.high < -allowed_loss:
+        verdict = "worse"
+    return Difference(difference.estimate, difference.low, difference.high, verdict)
+
+
+def mcnemar(base: ArrayLike, variant: ArrayLike) -> float:
+    """The exact two-sided p-value of McNemar's test (1947) on right and wrong answers to the same questions.
+
+    How likely gains and losses would be so uneven if both were equally likely.
+    """
+    right, right_too = np.asarray(base, dtype=bool), np.asarray(variant, dtype=bool)
+    lost, won = int((right & ~right_too).sum()), int((~right & right_too).sum())
+    return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0

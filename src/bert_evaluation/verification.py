@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bert_evaluation import graph as graphs
-from bert_evaluation.capturing import capture, eval_mode, example_inputs, text_inputs
+from bert_evaluation.capturing import capture, eval_mode, example_inputs, longest_input, text_inputs
 from bert_evaluation.errors import UsageError
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Approximates, Bitwise, promise_of
@@ -62,7 +62,7 @@ class Reference:
 
 def text_probes(model: nn.Module) -> tuple[Probe, ...]:
     """Batches and lengths from 1 to the checkpoint's limit, padding on either side, a row with all of it masked."""
-    longest = _longest(model)
+    longest = min(512, longest_input(model))
     shapes = [(1, 1), (1, 2), (2, 7), (3, 31), (8, 16), (1, longest)]
     probes = [Probe(f"batch {batch}, length {length}", text_inputs(model, batch, length)) for batch, length in shapes]
     for name, masked in (
@@ -175,15 +175,6 @@ def _ulp(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
             steps = ((one - other).abs() / unit)[one.isfinite() & other.isfinite()]
             worst = max(worst, float(steps.max()) if steps.numel() else 0.0)
     return worst
-
-
-def _longest(model: nn.Module) -> int:
-    config: Any = model.config
-    positions = int(getattr(config, "max_position_embeddings", 512))
-    # RoBERTa and its kin number positions from behind the padding token's id.
-    table = next((part for name, part in model.named_modules() if name.endswith("position_embeddings")), None)
-    padding = getattr(table, "padding_idx", None)
-    return min(512, positions - (padding + 1 if padding is not None and padding > 0 else 0))
 
 
 class _Recorder(fx.Interpreter):

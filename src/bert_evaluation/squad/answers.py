@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bert_evaluation.squad.dataset import Example
+from bert_evaluation.errors import UsageError
 from bert_evaluation.squad.windows import Window
 
 Logits = NDArray[np.float32]
+NONE = float("-inf")  # the score of a span where there is none
 
 
 @dataclass(frozen=True)
@@ -20,25 +22,36 @@ class AnswerRule:
     n_best: int = 20
     max_answer_length: int = 30
 
+    def __post_init__(self) -> None:
+        if self.n_best < 1 or self.max_answer_length < 1:
+            raise UsageError("An answer is chosen from at least 1 best and has at least 1 token.")
 
-@dataclass(frozen=True)
-class Span:
-    """The best span of one window, in characters of the passage, its score, and the window's null score."""
+
+class Span(NamedTuple):
+    """The best span of one window, in characters of the passage, its score, the next best's, and the null score."""
 
     example: int
     start: int
     end: int
     score: float
+    next_score: float
     null_score: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer, with the best span whether it was given or not, and null score - best span score."""
+    """An answer, with the best span whether it was given or not, and how clear the choice was, in logits.
+
+    `null_odds` is null score - best span score; `gap` is best span score - the next best's, at another place; `margin`
+    is by how much those scores must change for another answer: from the threshold, and if not empty from the next best.
+    """
 
     text: str
     span: str
+    score: float
     null_odds: float
+    gap: float
+    margin: float
 
     @property
     def no_answer_probability(self) -> float:
@@ -46,27 +59,63 @@ class Answer:
         return float(1 / (1 + np.exp(-np.clip(self.null_odds, -700, 700))))
 
 
-def best_span(window: Window, start: Logits, end: Logits, rule: AnswerRule) -> Span:
-    """The best pair among the `n_best` starts and ends of one window; `start` and `end` are its logits."""
-    start, end = start[: len(window)], end[: len(window)]
-    null_score = float(start[window.no_answer]) + float(end[window.no_answer])
-    starts, ends = (np.argsort(-logits, kind="stable")[: rule.n_best] for logits in (start, end))
-    starts = starts[(starts >= window.first) & (starts <= window.last)]
-    ends = ends[(ends >= window.first) & (ends <= window.last)]
-    lengths = ends[None, :] - starts[:, None] + 1
-    scores = start[starts][:, None].astype(np.float64) + end[ends][None, :]
-    scores = np.where((lengths >= 1) & (lengths <= rule.max_answer_length), scores, -np.inf)
-    if scores.size == 0 or not (best := scores.max()) > -np.inf:
-        return Span(window.example, 0, 0, float("-inf"), null_score)
-    row, column = np.unravel_index(scores.argmax(), scores.shape)
-    first, last = starts[row] - window.first, ends[column] - window.first
-    return Span(window.example, int(window.offsets[first, 0]), int(window.offsets[last, 1]), float(best), null_score)
+def best_spans(group: Sequence[Window], start: Logits, end: Logits, rule: AnswerRule, in_front: bool) -> list[Span]:
+    """The best pair among the `n_best` starts and ends of each window. `start`, `end`: its logits, (window, position).
+
+    `in_front` says on which side the windows are padded.
+    """
+    length, first, last, null = (
+        np.array(column)[:, None]
+        for column in zip(*((len(each), each.first, each.last, each.no_answer) for each in group), strict=True)
+    )
+    position = np.arange(start.shape[1])[None, :]
+    if in_front:
+        aligned = (position + start.shape[1] - length) % start.shape[1]
+        start, end = (np.take_along_axis(logits, aligned, axis=1) for logits in (start, end))
+    null_start, null_end = (
+        np.take_along_axis(logits, null, axis=1)[:, 0].astype(np.float64) for logits in (start, end)
+    )
+    null_scores = null_start + null_end
+    (starts, start_scores), (ends, end_scores) = (
+        _best(np.where(position < length, logits, NONE), rule.n_best) for logits in (start, end)
+    )
+    tokens = ends[:, None, :] - starts[:, :, None] + 1
+    in_passage = ((starts >= first) & (starts <= last))[:, :, None] & ((ends >= first) & (ends <= last))[:, None, :]
+    allowed = in_passage & (tokens >= 1) & (tokens <= rule.max_answer_length)
+    scores = np.where(allowed, start_scores[:, :, None] + end_scores[:, None, :], NONE).reshape(len(group), -1)
+    row, best = np.arange(len(group)), scores.argmax(axis=1)
+    best_scores = scores[row, best]
+    scores[row, best] = NONE
+    next_scores = scores.max(axis=1)
+    spans = []
+    for index, window in enumerate(group):
+        begin = stop = 0
+        score = float(best_scores[index])
+        if score > NONE:
+            one, other = divmod(int(best[index]), ends.shape[1])
+            begin = int(window.offsets[starts[index, one] - window.first, 0])
+            stop = int(window.offsets[ends[index, other] - window.first, 1])
+        else:  # also for logits that are not numbers
+            score = NONE
+        spans.append(Span(window.example, begin, stop, score, float(next_scores[index]), float(null_scores[index])))
+    return spans
 
 
-def choose(example: Example, spans: Sequence[Span], rule: AnswerRule) -> Answer:
+def _best(logits: Logits, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Places and values of the `count` largest of each row."""
+    places = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+    return places, np.take_along_axis(logits, places, axis=1).astype(np.float64)
+
+
+def choose(context: str, spans: Sequence[Span], rule: AnswerRule) -> Answer:
     """The answer of one example from the spans of its windows. Its null score is the lowest over them."""
     best = max(spans, key=lambda span: span.score)
+    others = [span.score for span in spans if (span.start, span.end) != (best.start, best.end)]
+    gap = best.score - max([*others, *(span.next_score for span in spans)])
     odds = min(span.null_score for span in spans) - best.score
-    text = example.context[best.start : best.end]
-    # "not <=" so that logits that are not numbers abstain
-    return Answer("" if not odds <= rule.null_threshold else text, text, float(odds))
+    if np.isnan(odds) or best.score == NONE:
+        return Answer("", "", NONE, float("inf"), float("inf"), float("inf"))
+    text = context[best.start : best.end]
+    if odds > rule.null_threshold:
+        return Answer("", text, best.score, odds, gap, odds - rule.null_threshold)
+    return Answer(text, text, best.score, odds, gap, min(rule.null_threshold - odds, gap))

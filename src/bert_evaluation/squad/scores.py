@@ -3,15 +3,24 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bert_evaluation.errors import DatasetError
 from bert_evaluation.squad.dataset import Dataset, Example
+
+Column = NDArray[np.float64]
+Row = tuple[float, float, bool, bool, float]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+@lru_cache(1 << 16)  # models answer alike, and accepted answers resemble each other
 def normalize(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous blanks."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
@@ -53,46 +62,82 @@ def score(
     Raises DatasetError that names the questions without a prediction (or probability).
     """
     _require(dataset, predictions, "prediction")
-    raw = {each.id: question_scores(each, predictions[each.id]) for each in dataset.examples}
-    answerable = {each.id: bool(each.answers) for each in dataset.examples}
     if no_answer_probability is not None:
         _require(dataset, no_answer_probability, "probability of no answer")
-    probability = no_answer_probability or dict.fromkeys(raw, 0.0)
-    final = {
-        each: (float(not answerable[each]),) * 2 if probability[each] > no_answer_threshold else scores
-        for each, scores in raw.items()
-    }
-    result = _averages(list(final.values()))
-    for prefix, kind in (("HasAns", True), ("NoAns", False)):
-        if part := [scores for each, scores in final.items() if answerable[each] is kind]:
-            result |= {f"{prefix}_{key}": value for key, value in _averages(part).items()}
+    odds = no_answer_probability or {}
+    judged = Judged.of(judge(each, predictions[each.id], odds.get(each.id, 0.0)) for each in dataset.examples)
+    result = judged.averages(no_answer_threshold)
     if no_answer_probability is not None:
-        order = sorted((each for each in no_answer_probability if each in raw), key=no_answer_probability.__getitem__)
-        for index, name in enumerate(("exact", "f1")):
-            gains = [raw[each][index] if answerable[each] else -float(bool(predictions[each])) for each in order]
-            best, threshold = _best_threshold(gains, [no_answer_probability[each] for each in order])
-            unanswerable = sum(not kind for kind in answerable.values())
-            result |= {f"best_{name}": 100 * (unanswerable + best) / len(raw), f"best_{name}_thresh": threshold}
+        place = {each: index for index, each in enumerate(no_answer_probability)}
+        # The official script breaks ties by the order of the probabilities' file.
+        result |= judged.best_thresholds(np.array([place[example.id] for example in dataset.examples]))
     return result
 
 
-def _averages(scores: list[tuple[float, float]]) -> dict[str, float]:
-    exact, f1 = (100 * sum(column) / len(scores) for column in zip(*scores, strict=True))
-    return {"exact": exact, "f1": f1, "total": len(scores)}
+def judge(example: Example, answer: str, probability: float = 0.0) -> Row:
+    """One question's exact match and F1, whether it has an answer, whether it was given one, and the probability."""
+    return *question_scores(example, answer), bool(example.answers), bool(answer), probability
 
 
-def _best_threshold(gains: list[float], probabilities: list[float]) -> tuple[float, float]:
-    """Answer nothing, then one question more at a time, least likely unanswerable first: the best sum, and where."""
-    total = best = threshold = 0.0
-    for gain, probability in zip(gains, probabilities, strict=True):
-        total += gain
-        if total > best:
-            best, threshold = total, probability
-    return best, threshold
+@dataclass(frozen=True)
+class Judged:
+    """Answers held against the accepted ones, one entry a question; probabilities of no answer may be any number."""
+
+    exact: Column
+    f1: Column
+    answerable: NDArray[np.bool_]
+    answered: NDArray[np.bool_]
+    probability: Column
+
+    @staticmethod
+    def of(rows: Iterable[Row]) -> "Judged":
+        """The columns of what `judge` found for each question."""
+        exact, f1, answerable, answered, probability = map(np.array, zip(*rows, strict=True))
+        return Judged(exact, f1, answerable, answered, probability.astype(np.float64))
+
+    def final(self, threshold: float) -> tuple[Column, Column]:
+        """Exact match and F1 of each question (0 to 1) if answers above this probability of no answer are dropped."""
+        dropped = self.probability > threshold
+        right = (~self.answerable).astype(np.float64)
+        return np.where(dropped, right, self.exact), np.where(dropped, right, self.f1)
+
+    def averages(self, threshold: float) -> dict[str, float]:
+        """The official script's averages, in percent."""
+        exact, f1 = self.final(threshold)
+        result = _averages(exact, f1)
+        for prefix, part in (("HasAns", self.answerable), ("NoAns", ~self.answerable)):
+            if part.any():
+                result |= {f"{prefix}_{key}": value for key, value in _averages(exact[part], f1[part]).items()}
+        return result
+
+    def best_thresholds(self, ties: NDArray[np.int64] | None = None) -> dict[str, float]:
+        """The best averages that any threshold gives, and those thresholds: the lowest of equally good ones.
+
+        Starts by answering nothing, then answers one question more at a time, least likely unanswerable first; `ties`
+        orders those of the same probability (else their own order does).
+        """
+        order = np.lexsort((np.arange(len(self.exact)) if ties is None else ties, self.probability))
+        result: dict[str, float] = {}
+        for name, column in (("exact", self.exact), ("f1", self.f1)):
+            gains = np.where(self.answerable, column, -self.answered.astype(np.float64))[order]
+            totals = np.concatenate([[0.0], np.cumsum(gains)])
+            best = int(totals.argmax())
+            threshold = float(self.probability[order][best - 1]) if best else 0.0
+            total = float((~self.answerable).sum() + totals[best])
+            result |= {f"best_{name}": 100 * total / len(column), f"best_{name}_thresh": threshold}
+        return result
+
+
+def _averages(exact: Column, f1: Column) -> dict[str, float]:
+    return {"exact": 100 * float(exact.mean()), "f1": 100 * float(f1.mean()), "total": len(exact)}
 
 
 def _require(dataset: Dataset, values: Mapping[str, object], what: str) -> None:
     missing = [each.id for each in dataset.examples if each.id not in values]
     if missing:
-        some = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise DatasetError(f"{len(missing)} of {len(dataset)} questions have no {what}: {some}")
+        raise DatasetError(f"{len(missing)} of {len(dataset)} questions have no {what}: {some(missing)}.")
+
+
+def some(ids: Sequence[str]) -> str:
+    """A few of the ids, and a sign that there are more."""
+    return ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")

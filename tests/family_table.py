@@ -1,0 +1,69 @@
+"""Prints docs/families.md: what each transformation finds in each family."""
+
+import re
+from collections import Counter
+
+import torch
+import transformers
+from families import FAMILIES, tiny
+
+from bert_evaluation import capture
+from bert_evaluation import graph as graphs
+from bert_evaluation.transformations import REGISTRY
+
+NAMES = [kind.__name__ for kind in REGISTRY]
+PAGE = """# Transformations on the families
+
+How many sites each transformation applies, of those that it finds (– where it finds none), in a question-answering
+model of each family. The models are tiny, with two layers and random weights, captured with torch {torch} and
+transformers {transformers}; another version may write a family differently. `make families` makes this page.
+
+{table}
+
+## Why sites were refused
+
+Numbers of nodes and layers are left out; (2×) is a reason that two sites share.
+
+{refusals}"""
+
+
+def reports():
+    """What each transformation did to a fresh capture of each family."""
+    for family in FAMILIES:
+        base = capture(tiny(family))
+        for name, kind in zip(NAMES, REGISTRY, strict=True):
+            transformation = kind()
+            transformation(graphs.fork(base))
+            yield (family, name), transformation.report
+
+
+def cell(report):
+    return f"{len(report.applied)}/{report.found}" if report.found else "–"
+
+
+def reasons(report):
+    """The refusals' distinct reasons: they name nodes, whose numbers tell a reader nothing."""
+    plain = (re.sub(r"\.\d+\.", ".N.", re.sub(r"_\d+\b", "", refusal.reason)) for refusal in report.refused)
+    return " ".join(reason if count == 1 else f"{reason} ({count}×)" for reason, count in Counter(plain).items())
+
+
+def table():
+    """The page, as Markdown."""
+    of = dict(reports())
+    rows = [
+        ["family", *NAMES],
+        ["---", *["---:"] * len(NAMES)],
+        *([family, *(cell(of[family, name]) for name in NAMES)] for family in FAMILIES),
+    ]
+    return PAGE.format(
+        torch=torch.__version__.partition("+")[0],  # without the build, as in 2.13.0+cpu
+        transformers=transformers.__version__,
+        table="\n".join(f"| {' | '.join(row)} |" for row in rows),
+        refusals="\n".join(
+            f"- {family}, {name}: {reasons(report)}" for (family, name), report in of.items() if report.refused
+        ),
+    )
+
+
+if __name__ == "__main__":
+    print(table())
