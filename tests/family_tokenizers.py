@@ -1,12 +1,14 @@
 """A small fast tokenizer of each family's own class, and complete tiny checkpoints.
 
 The vocabularies are made here, of a few words and all single characters; the special tokens and their places, the pair
-template, the normalisation and the token types are those of the published checkpoints. Nothing is trained, since the
-trainers of `tokenizers` number their pieces differently in each process.
+template, the normalisation and the token types are those of the published checkpoints, but for the map of characters
+that ALBERT, CamemBERT and XLM-RoBERTa carry in their SentencePiece files. Nothing is trained, since trainers may number
+their pieces differently in each process.
 """
 
 import re
 import string
+from itertools import accumulate
 
 import tokenizers
 import transformers as t
@@ -35,11 +37,10 @@ def sentence_pieces(first, letters=LETTERS, last=()):
 
 def byte_pairs(first, last):
     """Every byte, and the words, each grown letter by letter."""
-    merges = list(
-        dict.fromkeys((("Ġ" + word)[:end], word[end - 1]) for word in WORDS for end in range(1, len(word) + 1))
-    )
-    bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    return {"vocab": numbered(*first, *bytes_, *map("".join, merges), *last), "merges": merges}
+    grown = dict.fromkeys(piece for word in WORDS for piece in accumulate("Ġ" + word) if len(piece) > 1)
+    single = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [(piece[:-1], piece[-1]) for piece in grown]
+    return {"vocab": numbered(*first, *single, *grown, *last), "merges": merges}
 
 
 def of_modernbert():

@@ -1,5 +1,7 @@
 """Checkpoints and hub data sets: the built-in ones, local folders, hub names. Offline first, safetensors only."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +57,15 @@ def load(name: str | Path = builtin.NAME, device: torch.device | str = "cpu") ->
         raise CheckpointError(f"{name} has no fast tokenizer (tokenizer.json), which tells where a token stands.")
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
     return model.to(device).eval(), tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of all that decides what a fast tokenizer makes of a text."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # of the last call
+        content.pop(state, None)
+    more = [tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.cls_token_id]
+    return hashlib.sha256(json.dumps([content, more]).encode()).hexdigest()
 
 
 def load_dataset(name: str | Path = builtin.NAME, split: str = "validation") -> Dataset:

@@ -23,3 +23,11 @@ class DatasetError(BertEvaluationError):
 
 class TransformationError(BertEvaluationError):
     """A transformation that failed or cannot be undone. The graph is as it was before the call."""
+
+
+class StoreError(BertEvaluationError):
+    """Results that cannot be kept or found: a full disk, a read-only folder, a file of another program or version."""
+
+
+class InterruptedRunError(BertEvaluationError):
+    """Ctrl-C. Its text says what is kept; the command line exits with 130."""

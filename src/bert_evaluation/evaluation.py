@@ -3,10 +3,10 @@
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,7 +22,15 @@ from bert_evaluation.stats import Ratio, speedup
 # Questions that are in memory at a time. Large enough for batches of like length, small beside a model.
 CHUNK = 1024
 
-Results = MutableMapping[int, BatchResult]  # by number of the batch; where they are kept is the caller's affair
+
+class Results(Protocol):
+    """Where the results of batches are kept, by number of the batch."""
+
+    def get(self, number: int) -> BatchResult | None:
+        """The result, or None if there is none yet."""
+
+    def put(self, number: int, result: BatchResult) -> None:
+        """Keep a result."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +63,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores (the official keys, in percent), the answers by question id, and the result of each batch.
+    """Scores (the official keys, in percent), the answers by question id, their judgement, and the time it took.
 
-    `exact` and `f1` are those of each question (0 to 1), in order; the best thresholds among the scores are over the
-    best spans, given or not. `times` are the session and the seconds of each batch.
+    The best thresholds among the scores are over the best spans, given or not, and so is `judged`, whose probability is
+    the null odds; `by_question` is exact match and F1 (0 to 1) of the answers. Both are in the data set's order.
+    `times` are the session and the seconds of each batch.
     """
 
     scores: Mapping[str, float]
     details: Mapping[str, Answer]
-    exact_by_question: Column
-    f1_by_question: Column
+    judged: Judged
+    by_question: tuple[Column, Column]
     times: tuple[tuple[int, float], ...]
     work: Work
 
@@ -157,7 +166,7 @@ def evaluate_together(
     are. Batches depend on the arguments only, so a run that is cut off and taken up ends like one that was not.
     `on_questions` is told of the share of questions done, by reader.
     """
-    kept = {name: results[name] if results else _Nowhere() for name in readers}
+    kept: Mapping[str, Results] = results or dict.fromkeys(readers, _Nowhere())
     tables = {name: _Table(reader.rule) for name, reader in readers.items()}
     tokenizer = next(iter(readers.values())).tokenizer
     order, numbers, cold, work = random.Random(seed), count(), set(readers), Work()  # noqa: S311
@@ -175,7 +184,8 @@ def evaluate_together(
                     with torch.inference_mode():
                         if name in cold:
                             readers[name].read(group)
-                        result = kept[name][number] = readers[name].read(group, session)
+                        result = readers[name].read(group, session)
+                    kept[name].put(number, result)
                     cold.discard(name)
                 for span in result.spans:
                     spans[name][span.example].append(span)
@@ -192,10 +202,13 @@ def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield chunk
 
 
-class _Nowhere(dict[int, BatchResult]):
-    """Results that nobody wants to keep."""
+class _Nowhere:
+    """For results that nobody wants to keep."""
 
-    def __setitem__(self, number: int, result: BatchResult) -> None:
+    def get(self, number: int) -> BatchResult | None:  # noqa: ARG002
+        return None
+
+    def put(self, number: int, result: BatchResult) -> None:
         pass
 
 
@@ -228,8 +241,7 @@ class _Table:
         start = time.perf_counter()
         judged, threshold = Judged.of(self.rows), self.rule.null_threshold
         scores = judged.averages(threshold) | judged.best_thresholds()
-        exact, f1 = judged.final(threshold)
         extract = sum(seconds for _, seconds in self.times) - self.model
         score = self.score + time.perf_counter() - start
         work = replace(work, model=self.model, extract=extract, score=score)
-        return Evaluation(scores, self.answers, exact, f1, tuple(self.times), work)
+        return Evaluation(scores, self.answers, judged, judged.final(threshold), tuple(self.times), work)

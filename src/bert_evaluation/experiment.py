@@ -1,103 +1,125 @@
 """One run: checkpoint × recipes × device × data set → rows."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from bert_evaluation import builtin
 from bert_evaluation import graph as graphs
+from bert_evaluation.answering import Reader, answer, model_inputs
 from bert_evaluation.capturing import capture
-from bert_evaluation.checkpoints import load, load_dataset
+from bert_evaluation.checkpoints import load, load_dataset, tokenizer_hash
 from bert_evaluation.device import choose_device, machine
-from bert_evaluation.evaluation import BATCH_SIZE, Evaluation, answer, evaluate_together, model_inputs
+from bert_evaluation.errors import InterruptedRunError
+from bert_evaluation.evaluation import CHUNK, Evaluation, evaluate_together, measured
 from bert_evaluation.graph import GraphModule
-from bert_evaluation.measurement import ROUNDS, measure
+from bert_evaluation.measurement import measure
+from bert_evaluation.outcome import Experiment, Outcome, dump
+from bert_evaluation.quality import alarm, quality
 from bert_evaluation.recipe import Recipe, compose, parse_recipe
-from bert_evaluation.rows import Quality, Row, row_as_json
-from bert_evaluation.squad.answers import AnswerRule
+from bert_evaluation.rows import Row
+from bert_evaluation.squad.batches import Batching, tensors
 from bert_evaluation.squad.dataset import Dataset, Example, sample
-from bert_evaluation.squad.windows import Windowing, batch, windows
-from bert_evaluation.stats import speedup
+from bert_evaluation.squad.windows import longest, question_first, windows
+from bert_evaluation.store import AnswerRecord, EvaluationKey, Store
+from bert_evaluation.transformation import Approximates
 from bert_evaluation.transformations import REGISTRY, original_recipes
 from bert_evaluation.verification import check, observe
 
 BASE = "Base"
-QUESTION = "Which zelda game is my favorite?"
-CONTEXT = "I cannot decide whether my favorite Zelda game is Ocarina of time or The Wind Waker."
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What is to be run. `recipes` are text forms; none given stands for those of the original script."""
-
-    infer: bool = False
-    evaluate: bool = False
-    transform: bool = False
-    model: str = builtin.NAME
-    dataset: str = builtin.NAME
-    device: str = "auto"
-    samples: int | None = None
-    seed: int = 42
-    recipes: tuple[str, ...] = ()
-    batch_size: int = BATCH_SIZE
-    rounds: int = ROUNDS
-    question: str = QUESTION
-    context: str = CONTEXT
-    rule: AnswerRule = field(default_factory=AnswerRule)
-    windowing: Windowing = field(default_factory=Windowing)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """All that an experiment brought: what it ran on, and the rows, Base first."""
-
-    experiment: Experiment
-    machine: Mapping[str, Any]
-    parameters: int
-    weights_hash: str
-    dataset: str | None
-    samples: int | None
-    rows: tuple[Row, ...]
+# What of the machine decides the bits and the speed of an answer.
+DECISIVE = ("processor", "device", "device_name", "threads", "torch", "transformers", "bert_evaluation")
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told of the progress: `stage` of a finished part, `begin` of a long one, `advance` of each step in it."""
+    """Who is told of the progress.
+
+    `stage` of a finished part; `begin` of a long one, with the steps of each of its tasks; `advance` of steps done in
+    one of those.
+    """
 
     stage: Callable[[str, Outcome], None] = lambda name, outcome: None
-    begin: Callable[[str, int], None] = lambda what, total: None
-    advance: Callable[[int], None] = lambda count: None
+    begin: Callable[[str, Mapping[str, int]], None] = lambda what, tasks: None
+    advance: Callable[[str, float], None] = lambda task, count: None
 
 
-def run(experiment: Experiment, listener: Listener = Listener()) -> Outcome:
-    """Carry an experiment out: transform, infer, evaluate, as asked; what is cheap to refuse is refused first."""
+@dataclass(frozen=True)
+class _Run:
+    """What the stages of one run share."""
+
+    experiment: Experiment
+    store: Store
+    listener: Listener
+    tokenizer: Any
+    device: torch.device
+
+
+def run(experiment: Experiment, store: Store, listener: Listener = Listener(), command: str = "") -> Outcome:
+    """Carry an experiment out: transform, infer, evaluate, as asked; what is cheap to refuse is refused first.
+
+    What each stage brings is kept in the store when it ends, what an evaluation brings after every batch. Raises
+    InterruptedRunError for Ctrl-C, which says what is kept.
+    """
     recipes = _recipes(experiment)
     device = choose_device(experiment.device)
     data = _questions(experiment) if experiment.evaluate else None
     model, tokenizer = load(experiment.model, device)
-    graphs_by_name, rows = _transform(model, recipes, listener)
     outcome = Outcome(
+        number=0,
         experiment=experiment,
         machine=machine(device),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weights_hash=graphs.weights_hash(model),
         dataset=data.name if data else None,
         samples=len(data) if data else None,
-        rows=rows,
+        rows=(),
     )
-    if experiment.transform:
-        listener.stage("transform", outcome)
-    distinct = {row.name: graphs_by_name[row.name] for row in rows if not row.unchanged}
-    if experiment.infer:
-        outcome = replace(outcome, rows=_infer(experiment, rows, distinct, tokenizer, device, listener))
-        listener.stage("infer", outcome)
-    if data is not None:
-        outcome = replace(outcome, rows=_evaluate(experiment, outcome.rows, distinct, tokenizer, data, listener))
-        listener.stage("evaluate", outcome)
+    outcome = replace(outcome, number=store.begin(command, dump(outcome)[0]))
+    state, shared = "failed", _Run(experiment, store, listener, tokenizer, device)
+    try:
+        outcome = _stages(shared, outcome, model, recipes, data)
+        state = "finished"
+    except KeyboardInterrupt:
+        state = "interrupted"
+        raise InterruptedRunError(_kept(experiment, store)) from None
+    finally:
+        store.end(outcome.number, state)
     return outcome
+
+
+def _stages(
+    shared: _Run, outcome: Outcome, model: nn.Module, recipes: tuple[Recipe, ...], data: Dataset | None
+) -> Outcome:
+    made, rows = _transform(model, recipes, shared.listener)
+    variants = {row.name: made[row.name] for row in rows if not row.unchanged}
+
+    def done(stage: str, rows: tuple[Row, ...]) -> Outcome:
+        result = replace(outcome, rows=rows)
+        text, texts = dump(result)
+        shared.store.save(
+            outcome.number, text, [(row.name, row.evaluation, each) for row, each in zip(rows, texts, strict=True)]
+        )
+        shared.listener.stage(stage, result)
+        return result
+
+    if shared.experiment.transform:
+        outcome = done("transform", rows)
+    if shared.experiment.infer:
+        rows = _infer(shared, outcome.number, rows, variants)
+        outcome = done("infer", rows)
+    if data is not None:
+        outcome = done("evaluate", _evaluate(shared, outcome, rows, variants, data))
+    return outcome
+
+
+def _kept(experiment: Experiment, store: Store) -> str:
+    if not experiment.evaluate or store.is_volatile:
+        return "Interrupted: the stages printed so far are complete."
+    again = "without --fresh the same command goes on" if experiment.fresh else "the same command goes on"
+    return f"Interrupted: what was answered so far is kept in {store.file}; {again} from there."
 
 
 def _recipes(experiment: Experiment) -> tuple[Recipe, ...]:
@@ -114,10 +136,10 @@ def _transform(
     model: nn.Module, recipes: tuple[Recipe, ...], listener: Listener
 ) -> tuple[dict[str, GraphModule], tuple[Row, ...]]:
     """Capture the model, apply each recipe to a graph of its own, and check its promise."""
-    listener.begin("Capturing and checking promises", 1 + len(recipes))
+    listener.begin("Capturing and checking promises", {"": 1 + len(recipes)})
     base = capture(model)
     made, rows = {BASE: base}, [Row(BASE, "")]
-    listener.advance(1)
+    listener.advance("", 1)
     reference = observe(model) if recipes else None
     for recipe in recipes:
         own = compose(*recipe.steps, inplace=False)
@@ -133,28 +155,25 @@ def _transform(
                 unchanged=not own.report.applied,
             )
         )
-        listener.advance(1)
+        listener.advance("", 1)
     return made, tuple(rows)
 
 
-def _infer(
-    experiment: Experiment,
-    rows: tuple[Row, ...],
-    variants: Mapping[str, GraphModule],
-    tokenizer: Any,
-    device: torch.device,
-    listener: Listener,
-) -> tuple[Row, ...]:
+def _infer(shared: _Run, number: int, rows: tuple[Row, ...], variants: Mapping[str, GraphModule]) -> tuple[Row, ...]:
     """Answer the one question with every variant, and time them."""
-    base, rule = variants[BASE], experiment.rule
-    cut = windows(tokenizer, [Example("", experiment.question, experiment.context, ())], experiment.windowing)
-    inputs = batch(cut, tokenizer.pad_token_id or 0, model_inputs(base), device)
-    listener.begin("Timing", experiment.rounds)
-    timing = measure(variants, inputs, experiment.rounds, on_round=lambda: listener.advance(1))
+    experiment, tokenizer, listener = shared.experiment, shared.tokenizer, shared.listener
+    question, context, rule = experiment.question, experiment.context, experiment.rule
+    cut = windows(tokenizer, [Example("", question, context, ())], experiment.windowing)
+    padding, in_front = tokenizer.pad_token_id or 0, not question_first(tokenizer)
+    inputs = tensors(cut, padding, model_inputs(variants[BASE]), shared.device, in_front)
+    listener.begin("Timing", {"": experiment.rounds})
+    timing = measure(variants, inputs, experiment.rounds, on_round=lambda: listener.advance("", 1))
     answers = {
-        name: answer(graph, tokenizer, experiment.question, experiment.context, rule, experiment.windowing).text
+        name: answer(graph, tokenizer, question, context, rule, experiment.windowing).text
         for name, graph in variants.items()
     }
+    for name, seconds in timing.seconds.items():
+        shared.store.save_times(number, name, seconds)
     return tuple(
         replace(
             row,
@@ -170,63 +189,77 @@ def _infer(
 
 
 def _evaluate(
-    experiment: Experiment,
-    rows: tuple[Row, ...],
-    variants: Mapping[str, GraphModule],
-    tokenizer: Any,
-    data: Dataset,
-    listener: Listener,
+    shared: _Run, outcome: Outcome, rows: tuple[Row, ...], variants: Mapping[str, GraphModule], data: Dataset
 ) -> tuple[Row, ...]:
-    """Score every variant on the same questions. A row whose graph is Base's has Base's quality, and no speed."""
+    """Score every variant on the same questions, with what the store has of it."""
+    experiment, store, listener = shared.experiment, shared.store, shared.listener
+    readers = {name: Reader(graph, shared.tokenizer, experiment.rule) for name, graph in variants.items()}
+    settings = _settings(shared, outcome)
+    batching = experiment.batching
+    if batching.is_open:
+        key = _key(variants[BASE], data, settings).key
+        listener.begin("Choosing the batch size", {"": 1})
+        tokens = store.tuned(key, lambda: measured(readers[BASE], data, experiment.windowing).tokens or 1)
+        batching = Batching(tokens=tokens)
+    keys = {name: _key(graph, data, settings | {"batching": str(batching)}) for name, graph in variants.items()}
+    listener.begin("Answering", dict.fromkeys(readers, len(data)))
     found = evaluate_together(
-        variants,
-        tokenizer,
+        readers,
         data,
-        experiment.rule,
+        batching,
         experiment.windowing,
-        experiment.batch_size,
-        on_start=lambda total: listener.begin("Answering", total),
-        on_windows=listener.advance,
+        {name: store.results(key, experiment.fresh) for name, key in keys.items()},
+        session=outcome.number,
+        on_questions=listener.advance,
     )
-    base = found[BASE]
+    for name, evaluation in found.items():
+        store.save_answers(keys[name].key, _answer_records(evaluation))
     return tuple(
-        replace(
-            row,
-            quality=_quality(found[row.name], base, row.name != BASE),
-            samples_per_second=found[row.name].samples_per_second,
-            throughput_speedup=None if row.name == BASE else speedup(base.seconds, found[row.name].seconds),
-        )
+        _evaluated(row, found[row.name], found[BASE], keys[row.name].key, experiment.margin)
         if row.name in variants
-        else replace(row, quality=_quality(base, base, True))
+        # A row whose graph is Base's has Base's quality, and no speed.
+        else replace(row, quality=quality(found[BASE], experiment.margin, found[BASE]), evaluation=keys[BASE].key)
         for row in rows
     )
 
 
-def _quality(found: Evaluation, base: Evaluation, compared: bool) -> Quality:
-    changed = sum(answer != base.answers[each] for each, answer in found.answers.items())
-    return Quality(
-        exact=found.exact,
-        f1=found.f1,
-        has_answer_f1=found.scores.get("HasAns_f1"),
-        no_answer_f1=found.scores.get("NoAns_f1"),
-        samples=len(found.answers),
-        changed_answers=changed if compared else None,
+def _evaluated(row: Row, found: Evaluation, base: Evaluation, key: str, margin: float) -> Row:
+    compared = row.name != BASE
+    wary = row.verification is not None and row.verification.promise == Approximates.kind
+    result = quality(found, margin, base if compared else None, wary)
+    return replace(
+        row,
+        quality=result,
+        alarm=alarm(result, row.verification),
+        samples_per_second=found.samples_per_second,
+        tokens_per_second=found.tokens_per_second,
+        work=found.work,
+        throughput_speedup=found.speedup(base) if compared else None,
+        evaluation=key,
     )
 
 
-def as_json(outcome: Outcome) -> dict[str, Any]:
-    """The outcome in the published form, schema 1."""
-    experiment = outcome.experiment
+def _settings(shared: _Run, outcome: Outcome) -> dict[str, Any]:
+    """All that decides an answer beside graph, weights and questions. The null threshold is applied afterwards."""
+    experiment, rule = shared.experiment, shared.experiment.rule
     return {
-        "schema": 1,
-        "machine": dict(outcome.machine),
-        "model": {
-            "name": experiment.model,
-            "parameters": outcome.parameters,
-            "weights_hash": outcome.weights_hash,
-        },
-        "dataset": {"name": outcome.dataset, "samples": outcome.samples, "seed": experiment.seed}
-        if outcome.dataset
-        else None,
-        "rows": [row_as_json(row) for row in outcome.rows],
+        "machine": {name: outcome.machine[name] for name in DECISIVE},
+        "tokenizer": tokenizer_hash(shared.tokenizer),
+        "max_length": longest(shared.tokenizer, experiment.windowing),
+        "stride": experiment.windowing.stride,
+        "n_best": rule.n_best,
+        "max_answer_length": rule.max_answer_length,
+        "chunk": CHUNK,
     }
+
+
+def _key(graph: GraphModule, data: Dataset, settings: Mapping[str, Any]) -> EvaluationKey:
+    return EvaluationKey(graphs.graph_hash(graph), graphs.constants_hash(graph), data.content_hash, settings)
+
+
+def _answer_records(found: Evaluation) -> Iterator[AnswerRecord]:
+    judged = zip(found.judged.exact, found.judged.f1, found.judged.answerable, strict=True)
+    for (question, each), (exact, f1, answerable) in zip(found.details.items(), judged, strict=True):
+        yield AnswerRecord(
+            question, each.span, each.score, each.null_odds, each.gap, float(exact), float(f1), bool(answerable)
+        )

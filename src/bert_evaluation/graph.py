@@ -4,7 +4,7 @@ import copy
 import hashlib
 import operator
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -149,8 +149,17 @@ def graph_hash(graph: GraphModule) -> str:
 
 def weights_hash(module: nn.Module) -> str:
     """A hash of every parameter and buffer that the module would save: name, type, shape and bits."""
+    return _hash_of(module.state_dict())
+
+
+def constants_hash(graph: GraphModule) -> str:
+    """A hash of every tensor that the graph reads, saved with it or not: what `graph_hash` leaves out."""
+    return _hash_of({name: tensor for name in read_names(graph) if (tensor := get_tensor(graph, name)) is not None})
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(bits.tobytes())

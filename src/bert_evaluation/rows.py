@@ -3,29 +3,59 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bert_evaluation.stats import Interval, Ratio
+from bert_evaluation.evaluation import Work
+from bert_evaluation.stats import Difference, Interval, Ratio
 from bert_evaluation.transformation import Report
 from bert_evaluation.verification import Verification
 
 
 @dataclass(frozen=True)
+class Change:
+    """A question that is answered otherwise than by Base.
+
+    A margin is by how many logits the model's scores must change for another answer: how clear its choice was.
+    """
+
+    question: str
+    before: str
+    after: str
+    margin_before: float
+    margin_after: float
+
+
+@dataclass(frozen=True)
 class Quality:
-    """Scores in percent; `changed_answers` counts questions that Base answers otherwise."""
+    """Scores in percent, on all questions and on those with and without an answer; what the best threshold would give.
+
+    Compared with Base on the same questions: differences in percentage points with verdicts against `margin` (the
+    share of Base's score to be kept), McNemar's p-value for exact match, and the answers that changed.
+    """
 
     exact: float
     f1: float
+    has_answer_exact: float | None
     has_answer_f1: float | None
+    no_answer_exact: float | None
     no_answer_f1: float | None
+    best_exact: float
+    best_exact_threshold: float
+    best_f1: float
+    best_f1_threshold: float
     samples: int
-    changed_answers: int | None
-    f1_difference: None = None  # paired statistics are not there yet
+    margin: float
+    f1_difference: Difference | None = None
+    exact_difference: Difference | None = None
+    mcnemar_p: float | None = None
+    changed_answers: int | None = None
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True)
 class Row:
     """One recipe's result. A part that was not asked for, or not timed since nothing changed, is None.
 
-    `speedup` compares the time of one inference, `throughput_speedup` that of the evaluation's batches.
+    `speedup` compares the time of one inference, `throughput_speedup` that of the evaluation's batches. `evaluation` is
+    the key of the evaluation in the store.
     """
 
     name: str
@@ -38,8 +68,12 @@ class Row:
     rounds: int = 0
     speedup: Ratio | None = None
     quality: Quality | None = None
+    alarm: str | None = None
     samples_per_second: float | None = None
+    tokens_per_second: float | None = None
+    work: Work | None = None
     throughput_speedup: Ratio | None = None
+    evaluation: str | None = None
 
 
 def row_as_json(row: Row) -> dict[str, Any]:
@@ -79,6 +113,12 @@ def row_as_json(row: Row) -> dict[str, Any]:
         else None,
         "speedup": asdict(row.speedup) if row.speedup else None,
         "quality": asdict(row.quality) if row.quality else None,
+        "alarm": row.alarm,
         "samples_per_second": row.samples_per_second,
+        "tokens_per_second": row.tokens_per_second,
+        "padding_share": row.work.padding_share if row.work else None,
+        "seconds": {part: getattr(row.work, part) for part in ("tokenise", "model", "extract", "score")}
+        if row.work
+        else None,
         "throughput_speedup": asdict(row.throughput_speedup) if row.throughput_speedup else None,
     }

@@ -65,15 +65,17 @@ def speedup(base: Sequence[float], variant: Sequence[float], seed: int = 0) -> R
     return Ratio(interval.estimate, interval.low, interval.high, verdict)
 
 
-def paired_difference(base: ArrayLike, variant: ArrayLike, wary: bool = False, seed: int = 0) -> Interval:
+def paired_difference(
+    base: ArrayLike, variant: ArrayLike, one_more_loss: float | None = None, seed: int = 0
+) -> Interval:
     """The mean of variant - base over the same questions, with its percentile bootstrap interval (Efron 1979).
 
-    With `wary`, resamples are drawn from the questions and one more that was lost altogether (a difference of -1):
-    without it a few questions on which nothing was lost would prove that nothing can be. This is the rule of three
-    (Hanley 1983) in the form of a bootstrap.
+    With `one_more_loss`, resamples are drawn from the questions and one more on which so much was lost: without it a
+    few questions on which nothing was lost would prove that nothing can be. This is the rule of three (Hanley 1983) in
+    the form of a bootstrap.
     """
     differences = np.asarray(variant, dtype=np.float64) - np.asarray(base, dtype=np.float64)
-    drawn_from = np.append(differences, -1.0) if wary else differences
+    drawn_from = differences if one_more_loss is None else np.append(differences, -one_more_loss)
     # A resample is as many draws of each distinct value as a multinomial distribution says.
     values, counts = np.unique(drawn_from, return_counts=True)
     draws = np.random.default_rng(seed).multinomial(len(drawn_from), counts / len(drawn_from), size=RESAMPLES)

@@ -21,7 +21,9 @@ def write(tmp_path, content):
 
 @pytest.mark.parametrize("more", [{}, {"is_impossible": False}])
 def test_reads_both_versions(tmp_path, more):
-    assert tuple(read_squad(write(tmp_path, squad(**more))).examples) == (Example("q1", "Which?", "One two.", ("two",)),)
+    assert tuple(read_squad(write(tmp_path, squad(**more))).examples) == (
+        Example("q1", "Which?", "One two.", ("two",)),
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ import warnings
 
 import typer
 
-from bert_evaluation.cli import root, transformations
-from bert_evaluation.errors import BertEvaluationError, UsageError
+from bert_evaluation.cli import history, root, score, transformations
+from bert_evaluation.errors import BertEvaluationError, InterruptedRunError, UsageError
 
 INTERRUPTED = 130
+CODES = {UsageError: 2, InterruptedRunError: INTERRUPTED}
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +19,8 @@ app = typer.Typer(
 )
 app.callback(invoke_without_command=True)(root.root)
 app.command("transformations")(transformations.transformations)
+app.command("history")(history.history)
+app.command("score")(score.score)
 
 
 def main() -> None:
@@ -30,11 +33,11 @@ def main() -> None:
     except BertEvaluationError as error:
         if debug:
             raise
-        _end(str(error), 2 if isinstance(error, UsageError) else 1)
+        _end(str(error), next((code for kind, code in CODES.items() if isinstance(error, kind)), 1))
     except SystemExit as end:
         # typer turns Ctrl-C into this code, without a word.
         if end.code == INTERRUPTED:
-            _end("Interrupted: the stages printed so far are complete, no file was written.", INTERRUPTED)
+            _end("Interrupted before anything was computed.", INTERRUPTED)
         raise
     except OSError as error:
         if debug:

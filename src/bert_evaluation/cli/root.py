@@ -1,14 +1,25 @@
 """The original script's options, and more."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bert_evaluation.cli.progress import shown
 from bert_evaluation.errors import BertEvaluationError, UsageError
 
+if TYPE_CHECKING:
+    from bert_evaluation.outcome import Outcome
+    from bert_evaluation.store import Store
+
 ACTIONS = "--infer answers a question, --evaluate scores a data set, --transform tries transformations"
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(envvar="BERT_EVALUATION_STORE", help="keep results in this file; :memory: for nowhere"),
+]
 
 
 def root(
@@ -25,12 +36,29 @@ def root(
         list[str] | None,
         typer.Option(help='instead of the default ones, e.g. "RemoveDropout+MergeLinears"; repeatable'),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="windows evaluated at once")] = 8,
+    margin: Annotated[float, typer.Option(help="share of Base's F1 that a recipe has to keep; strict: 0.999")] = 0.99,
+    show_changes: Annotated[bool, typer.Option("--show-changes", help="list the answers that changed")] = False,
+    batch_tokens: Annotated[int | None, typer.Option(help="tokens evaluated at once [default: measured]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="windows evaluated at once, instead")] = None,
     rounds: Annotated[int, typer.Option(help="timed rounds of --infer")] = 40,
     question: Annotated[str | None, typer.Option(help="the question of --infer")] = None,
     passage: Annotated[str | None, typer.Option("--context", help="where its answer is looked for")] = None,
     null_threshold: Annotated[float, typer.Option(help="abstain where null score - best score is above this")] = 0.0,
+    max_length: Annotated[
+        int | None, typer.Option(help="tokens of a window [default: 384, or what the model reads]")
+    ] = None,
+    doc_stride: Annotated[int, typer.Option(help="tokens that a window shares with the next")] = 128,
+    n_best: Annotated[int, typer.Option(help="best starts and ends that are paired")] = 20,
+    max_answer_length: Annotated[int, typer.Option(help="tokens of an answer")] = 30,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the result to this file")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="write Base's answers to this file, those of each recipe beside it")
+    ] = None,
+    no_answer_probabilities: Annotated[
+        Path | None, typer.Option(help="write their probabilities of no answer likewise")
+    ] = None,
+    store: StoreOption = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="compute anew what the store has")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,  # noqa: ARG001
 ) -> None:
@@ -39,11 +67,20 @@ def root(
         return
     if not (infer or evaluate or transform):
         raise UsageError(f"Say what to do: {ACTIONS}; they combine.")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise BertEvaluationError(f"There is no folder {json_file.parent} to write {json_file.name} to.")
+    if not 0 < margin <= 1:
+        raise UsageError(f"A margin is the share of Base's F1 to be kept, above 0 and up to 1, not {margin:g}.")
+    for file in (json_file, predictions, no_answer_probabilities):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise BertEvaluationError(f"There is no folder {file.parent} to write {file.name} to.")
+    if (predictions or no_answer_probabilities) and not evaluate:
+        raise UsageError("There are answers to write only with --evaluate.")
 
-    from bert_evaluation.experiment import CONTEXT, QUESTION, Experiment, as_json, run
+    from bert_evaluation.experiment import run
+    from bert_evaluation.outcome import CONTEXT, QUESTION, Experiment, as_json
     from bert_evaluation.squad.answers import AnswerRule
+    from bert_evaluation.squad.batches import Batching
+    from bert_evaluation.squad.windows import Windowing
+    from bert_evaluation.store import Store
 
     experiment = Experiment(
         infer=infer,
@@ -55,39 +92,37 @@ def root(
         samples=samples,
         seed=seed,
         recipes=tuple(recipe or ()),
-        batch_size=batch_size,
         rounds=rounds,
         question=QUESTION if question is None else question,
         context=CONTEXT if passage is None else passage,
-        rule=AnswerRule(null_threshold=null_threshold),
+        rule=AnswerRule(null_threshold, n_best, max_answer_length),
+        windowing=Windowing(max_length, doc_stride),
+        batching=Batching(batch_tokens, batch_size),
+        margin=margin,
+        fresh=fresh,
     )
-    outcome = _shown(lambda listener: run(experiment, listener), quiet)
-    if json_file is not None:
-        json_file.write_text(json.dumps(as_json(outcome), indent=1) + "\n", encoding="utf-8")
+    command = shlex.join(["bert-evaluation", *sys.argv[1:]])
+    with Store(store) as results:
+        outcome = shown(lambda listener: run(experiment, results, listener, command), quiet, show_changes)
+        if json_file is not None:
+            _write(json_file, as_json(outcome))
+        _write_answers(results, outcome, predictions, no_answer_probabilities)
+        if not quiet and not results.is_volatile:
+            print(f"Kept as experiment {outcome.number} in {results.file}")
 
 
-def _shown(call: Any, quiet: bool) -> Any:
-    """Carry out `call(listener)`, with a progress bar on a terminal and the lines of each stage as it ends."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _write(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
-    from bert_evaluation.experiment import Listener
-    from bert_evaluation.report.terminal import LINES, TITLES
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-
-        def begin(what: str, total: int) -> None:
-            for task in bar.task_ids:
-                bar.remove_task(task)
-            bar.add_task(what, total=total)
-
-        def stage(name: str, outcome: Any) -> None:
-            for task in bar.task_ids:
-                bar.remove_task(task)
-            if not quiet:
-                bar.refresh()
-                print(TITLES[name], *LINES[name](outcome), "", sep="\n", flush=True)
-
-        return call(Listener(stage, begin, lambda count: bar.advance(bar.task_ids[-1], count)))
+def _write_answers(store: "Store", outcome: "Outcome", predictions: Path | None, probabilities: Path | None) -> None:
+    """Write the answers of every row in the official form, those of Base to the files named."""
+    threshold = outcome.experiment.rule.null_threshold
+    for row in outcome.rows:
+        answers = list(store.answers(row.evaluation or ""))
+        for file, content in (
+            (predictions, {each.question: each.text(threshold) for each in answers}),
+            (probabilities, {each.question: each.no_answer_probability for each in answers}),
+        ):
+            if file is not None:
+                _write(file if row is outcome.rows[0] else file.with_stem(f"{file.stem}.{row.name}"), content)

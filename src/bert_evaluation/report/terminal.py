@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 
-from bert_evaluation.experiment import Outcome
-from bert_evaluation.rows import Row
+from bert_evaluation.outcome import Outcome
+from bert_evaluation.rows import Quality, Row
 from bert_evaluation.stats import Ratio
+from bert_evaluation.store import Entry
 
 ONE_LINE = 4  # refusals named in a listing; the rest is counted
 
@@ -42,7 +43,7 @@ def infer_lines(outcome: Outcome) -> Iterator[str]:
 
 
 def evaluate_lines(outcome: Outcome) -> Iterator[str]:
-    """One line a recipe with scores and speed."""
+    """For each recipe scores and speed, and whether quality held."""
     yield f"Data set: {outcome.dataset}, {outcome.samples} questions"
     for row in outcome.rows:
         if row.quality is None:
@@ -52,15 +53,81 @@ def evaluate_lines(outcome: Outcome) -> Iterator[str]:
             yield f"{line}, as Base: {sites(row)}"
             continue
         line += f", {row.samples_per_second:.2f} samples/s, latency {1000 / row.samples_per_second:.2f} ms"
-        if row.quality.changed_answers is not None:
-            line += f"; {row.quality.changed_answers} answers changed"
-        if row.throughput_speedup is not None:
-            line += f"; {ratio(row.throughput_speedup)}"
-        yield line
+        if row.quality.changed_answers is None:
+            yield line
+            yield from _base_lines(row, row.quality)
+            continue
+        yield f"{line}; {row.quality.changed_answers} answers changed; {held(row.quality)}; {speed(row)}"
+        if row.alarm:
+            yield f"  ALARM: {row.alarm}"
+
+
+def _base_lines(row: Row, quality: Quality) -> Iterator[str]:
+    if quality.has_answer_f1 is not None and quality.no_answer_f1 is not None:
+        has, none = quality.has_answer_exact, quality.no_answer_exact
+        yield f"  with an answer: F1 {quality.has_answer_f1:.2f}, exact {has:.2f}; without: {none:.2f}"
+    yield (
+        f"  best null threshold: {quality.best_f1_threshold:.2f} with F1 {quality.best_f1:.2f},"
+        f" {quality.best_exact_threshold:.2f} with exact {quality.best_exact:.2f}"
+    )
+    if (work := row.work) is not None:
+        yield (
+            f"  {row.tokens_per_second:.0f} tokens/s, {work.padding_share:.1%} of those computed padding; seconds:"
+            f" tokenise {work.tokenise:.1f}, model {work.model:.1f}, extract {work.extract:.1f}, score {work.score:.1f}"
+        )
+
+
+def change_lines(outcome: Outcome) -> Iterator[str]:
+    """The answers that each recipe changed, before and after."""
+    for row in outcome.rows:
+        for change in row.quality.changes if row.quality else ():
+            before, after = change.before or "(none)", change.after or "(none)"
+            yield (
+                f"{row.name}, question {change.question}: {before!r} ({change.margin_before:.1e} logits from another)"
+                f" became {after!r} ({change.margin_after:.1e})"
+            )
 
 
 LINES = {"transform": transform_lines, "infer": infer_lines, "evaluate": evaluate_lines}
 TITLES = {"transform": "Transformations", "infer": "Inference", "evaluate": "Evaluation"}
+
+
+def stages(outcome: Outcome) -> list[str]:
+    """The stages that an experiment was asked for."""
+    return [stage for stage in LINES if getattr(outcome.experiment, stage)]
+
+
+def stage_lines(stage: str, outcome: Outcome, show_changes: bool = False) -> Iterator[str]:
+    """The title and the lines of one stage."""
+    yield TITLES[stage]
+    yield from LINES[stage](outcome)
+    if show_changes and stage == "evaluate":
+        yield from change_lines(outcome)
+
+
+def entry_line(entry: Entry, outcome: Outcome) -> str:
+    """One experiment of a listing."""
+    on = f" on {outcome.dataset}, {outcome.samples} questions" if outcome.dataset else ""
+    state = f"{entry.state}, {len(outcome.rows)} rows" if outcome.rows else entry.state
+    return f"{entry.number}  {entry.started}  {outcome.experiment.model}{on}: {state}: {entry.command}"
+
+
+def held(quality: Quality) -> str:
+    """Whether quality held, with the difference in percentage points."""
+    found = quality.f1_difference
+    if found is None:
+        return "not compared"
+    interval = f"F1 {found.estimate:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+    if found.verdict == "cannot tell":
+        return f"{interval}: cannot tell whether {quality.margin:g} of Base's is kept"
+    return f"{interval}: {found.verdict} than {quality.margin:g} of Base's"
+
+
+def speed(row: Row) -> str:
+    """The throughput against Base's, or why there is none."""
+    if row.throughput_speedup is None:
+        return "speed not compared: not run side by side with Base (--fresh does)"
+    return ratio(row.throughput_speedup)
 
 
 def sites(row: Row) -> str:

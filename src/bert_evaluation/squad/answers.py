@@ -55,8 +55,13 @@ class Answer:
 
     @property
     def no_answer_probability(self) -> float:
-        """The odds as a probability: above 0.5 where the null score is the higher one."""
-        return float(1 / (1 + np.exp(-np.clip(self.null_odds, -700, 700))))
+        """The null odds as a probability: above 0.5 where the null score is the higher one."""
+        return probability(self.null_odds)
+
+
+def probability(odds: float) -> float:
+    """Odds in logits as a probability."""
+    return float(1 / (1 + np.exp(-np.clip(odds, -700, 700))))
 
 
 def best_spans(group: Sequence[Window], start: Logits, end: Logits, rule: AnswerRule, in_front: bool) -> list[Span]:
@@ -115,7 +120,7 @@ def choose(context: str, spans: Sequence[Span], rule: AnswerRule) -> Answer:
     odds = min(span.null_score for span in spans) - best.score
     if np.isnan(odds) or best.score == NONE:
         return Answer("", "", NONE, float("inf"), float("inf"), float("inf"))
-    text = context[best.start : best.end]
+    text = context[best.start : best.end].strip()  # some tokens begin with the blank in front of a word
     if odds > rule.null_threshold:
         return Answer("", text, best.score, odds, gap, odds - rule.null_threshold)
     return Answer(text, text, best.score, odds, gap, min(rule.null_threshold - odds, gap))

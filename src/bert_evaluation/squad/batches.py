@@ -28,6 +28,11 @@ class Batching:
         if self.tokens is not None and self.size is not None:
             raise UsageError("Give the batch size in tokens or in windows, not both.")
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is left to measuring."""
+        return self.tokens is None and self.size is None
+
     def allows(self, count: int, length: int) -> bool:
         """Whether `count` windows, the longest of `length` tokens, are no more than one batch."""
         return count == 1 or (count <= self.size if self.size else count * length <= (self.tokens or 0))

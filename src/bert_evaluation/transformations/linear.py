@@ -30,7 +30,7 @@ def parameters(linear: Node) -> list[Node]:
 
 def why_not_ours(linears: Iterable[Node]) -> str | None:
     """Why the parameters of these nodes cannot be replaced: computed in the graph, or read by others too."""
-    ours = set(linears)
+    ours = dict.fromkeys(linears)  # in order: the first reason found is told
     for linear in ours:
         for parameter in parameters(linear):
             if parameter.op != "get_attr":

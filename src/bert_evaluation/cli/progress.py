@@ -1,0 +1,47 @@
+"""What is shown of a run: progress bars on a terminal, and the lines of each stage as it ends."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bert_evaluation.experiment import Listener
+    from bert_evaluation.outcome import Outcome
+
+ALL = "in all"
+
+
+def shown(call: "Callable[[Listener], Outcome]", quiet: bool, show_changes: bool) -> "Outcome":
+    """Carry out `call(listener)`: a bar for each task, and one for all, with the time left; nothing with `quiet`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from bert_evaluation.experiment import Listener
+    from bert_evaluation.report.terminal import stage_lines
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+
+        def clear() -> None:
+            while tasks:
+                bar.remove_task(tasks.popitem()[1])
+
+        def begin(what: str, parts: Mapping[str, int]) -> None:
+            clear()
+            for name, total in parts.items():
+                tasks[name] = bar.add_task(f"{what} {name}".strip(), total=total)
+            if len(parts) > 1:
+                tasks[ALL] = bar.add_task(f"{what} {ALL}", total=sum(parts.values()))
+
+        def advance(task: str, count: float) -> None:
+            for name in {task, ALL} & tasks.keys():
+                bar.advance(tasks[name], count)
+
+        def stage(name: str, outcome: "Outcome") -> None:
+            clear()
+            if not quiet:
+                bar.refresh()
+                print(*stage_lines(name, outcome, show_changes), "", sep="\n", flush=True)
+
+        return call(Listener(stage, begin, advance))
