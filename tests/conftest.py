@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub
+os.environ["BERT_EVALUATION_STORE"] = ":memory:"  # nor keep anything among the results of who runs it
 
 import pytest
 import torch

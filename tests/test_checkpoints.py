@@ -50,7 +50,7 @@ def test_a_hub_data_set_from_its_cache(tmp_path):
     files.mkdir(parents=True)
     table = datasets.Dataset.from_list([{**row, "answers": {"text": ["two"], "answer_start": [4]}}])
     table.to_parquet(files / "validation-00000-of-00001.parquet")
-    code = "from bert_evaluation import load_dataset; print(load_dataset('someone/own_squad').examples)"
+    code = "from bert_evaluation import load_dataset; print(tuple(load_dataset('someone/own_squad').examples))"
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == str((Example("q1", "Which?", "One two.", ("two",)),)), done.stderr

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import datasets
 import pytest
@@ -89,3 +90,40 @@ def test_built_in_questions_are_what_was_promised(built_in):
     assert len(unanswerable) >= len(data) / 3
     assert any(len(set(each.answers)) > 1 for each in data.examples)
     assert json.loads(builtin.QUESTIONS.read_text(encoding="utf-8"))["version"] == "v2.0"
+
+
+def test_a_file_is_read_anew_each_time_and_never_held(tmp_path):
+    data = read_squad(write(tmp_path, squad()))
+    assert list(data.examples) == list(data.examples)
+    paragraph = {"context": "One two. " * 500, "qas": []}
+    with (tmp_path / "large.json").open("w") as file:
+        file.write('{"data": [{"paragraphs": [')
+        for index in range(4000):
+            qas = [{"id": f"{index}-{i}", "question": "?" * 500, "answers": []} for i in range(4)]
+            file.write(json.dumps({**paragraph, "qas": qas}) + ("," if index < 3999 else ""))
+        file.write("]}]}")
+    tracemalloc.start()
+    large = read_squad(tmp_path / "large.json")
+    (drawn,) = sample(large, 1).examples
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(large) == 16000
+    assert len(drawn.context) == 4500
+    assert (tmp_path / "large.json").stat().st_size > 25e6
+    assert peak < 3e6
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps(squad()), encoding="utf-8-sig")
+    assert len(read_squad(tmp_path / "data.json")) == 1
+
+
+def test_the_content_hash_tells_any_difference(tmp_path):
+    same = {read_squad(write(tmp_path, squad())).content_hash for _ in range(2)}
+    others = [squad(context="One two!"), squad(text="tw"), squad(question="What?"), squad(id="q2")]
+    assert len(same) == 1
+    assert len(same | {read_squad(write(tmp_path, other)).content_hash for other in others}) == 5
+    two = [Example("a", "?", "c", ()), Example("b", "?", "c", ())]
+    assert (
+        Dataset("x", two).content_hash == Dataset("y", tuple(two)).content_hash != Dataset("x", two[::-1]).content_hash
+    )
