@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,17 @@ ROOT = Path(__file__).parents[1]
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 
 
-def run(*arguments, program=(sys.executable, str(ROOT / "bert-evaluation.py")), cwd=None):
+PROGRAM = (sys.executable, str(ROOT / "bert-evaluation.py"))
+
+
+def run(*arguments, program=PROGRAM, cwd=None):
     command = [*program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=OFFLINE, cwd=cwd)
+
+
+def start(*arguments):
+    command = [*PROGRAM, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OFFLINE)
 
 
 def says(result, code, *parts):
@@ -139,6 +149,18 @@ def test_nothing_asked_for():
         (("--evaluate", "--samples", "217"), 2, ("217 samples", "1 to 216")),
         (("--infer", "--rounds", "0"), 2, ("round",)),
         (("--evaluate", "--batch-size", "0"), 2, ("batch size",)),
+        (("--evaluate", "--batch-tokens", "0"), 2, ("batch size",)),
+        (("--evaluate", "--batch-tokens", "9", "--batch-size", "9"), 2, ("not both",)),
+        (("--evaluate", "--margin", "1.5"), 2, ("margin",)),
+        (("--evaluate", "--max-length", "900"), 2, ("at most 512 tokens, not 900",)),
+        (("--evaluate", "--doc-stride", "400"), 2, ("share 0 to 379",)),
+        (("--evaluate", "--doc-stride", "-1"), 2, ("share 0 to 379",)),
+        (("--evaluate", "--n-best", "0"), 2, ("at least 1 best",)),
+        (("--infer", "--predictions", "p.json"), 2, ("--evaluate",)),
+        (("--evaluate", "--predictions", "/nowhere/p.json"), 1, ("no folder /nowhere",)),
+        (("--infer", "--store", "/nowhere/at/all.sqlite"), 1, ("/nowhere/at/all.sqlite", "--store")),
+        (("--infer", "--store", "/proc/results.sqlite"), 1, ("/proc/results.sqlite", "--store")),
+        (("--infer", "--store", __file__), 1, ("no store", "--store")),
         (("--infer", "--json", "/nowhere/at/all.json"), 1, ("no folder /nowhere/at",)),
         (("--infer", "--model", "./absent"), 1, ("no checkpoint folder ./absent",)),
         (("--infer", "--model", "someone/not-in-the-cache"), 1, ("someone/not-in-the-cache", "give a folder")),
@@ -232,15 +254,140 @@ def test_bad_checkpoints(tmp_path, make, part):
 
 
 def test_ctrl_c_is_one_sentence(folder):
-    command = [sys.executable, str(ROOT / "bert-evaluation.py"), "--infer", "--transform", "--model", str(folder)]
-    command += ["--rounds", "1000000", "--recipe", "MergeLinears"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OFFLINE) as process:
+    with start("--infer", "--transform", "--model", folder, "--rounds", 10**6, "--recipe", "MergeLinears") as process:
         assert process.stdout.readline() == "Transformations\n"  # timing has begun or is about to
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
     assert process.returncode == 130
     assert errors.startswith("bert-evaluation: Interrupted: ")
     assert len(errors.splitlines()) == 1
+
+
+EVALUATION = ("--evaluate", "--transform", "--recipe", "MergeLinears", "--batch-tokens", 512, "--samples", 60)
+
+
+def batches_in(store):
+    """What each batch brought, as it is on disk."""
+    with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as connection:
+        found = connection.execute("SELECT evaluation, number, session, spans FROM batches").fetchall()
+    return {(evaluation, number): (session, spans) for evaluation, number, session, spans in found}
+
+
+def wait_for_batches(store, count):
+    while not store.is_file():
+        time.sleep(0.05)
+    while True:
+        try:
+            if len(batches_in(store)) >= count:
+                return
+        except sqlite3.OperationalError:  # the tables are being made
+            pass
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_cut_off_at_any_moment_and_taken_up(tmp_path, end):
+    store, whole, files = (
+        tmp_path / "part.sqlite",
+        tmp_path / "whole.sqlite",
+        [tmp_path / "a.json", tmp_path / "b.json"],
+    )
+    with start(*EVALUATION, "--store", store) as process:
+        wait_for_batches(store, 15)
+        process.send_signal(end)
+        _, errors = process.communicate()
+    assert process.returncode == (-signal.SIGKILL if end == signal.SIGKILL else 130)
+    if end == signal.SIGINT:
+        assert errors == (
+            f"bert-evaluation: Interrupted: what was answered so far is kept in {store}; the same command goes on from"
+            " there.\n"
+        )
+    before = batches_in(store)
+    assert run(*EVALUATION, "--store", store, "--predictions", files[0]).returncode == 0
+    assert run(*EVALUATION, "--store", whole, "--predictions", files[1]).returncode == 0
+    after, uninterrupted = batches_in(store), batches_in(whole)
+    assert 15 <= len(before) < len(after)
+    assert {place: after[place] for place in before} == before  # nothing was computed twice
+    assert {place: spans for place, (_, spans) in after.items()} == {
+        place: spans for place, (_, spans) in uninterrupted.items()
+    }
+    assert files[0].read_bytes() == files[1].read_bytes()
+    states = [line.split(": ")[1].split(",")[0] for line in run("history", "--store", store).stdout.splitlines()]
+    assert states == ["running" if end == signal.SIGKILL else "interrupted", "finished"]
+
+
+def test_history_shows_what_was_printed(folder, tmp_path):
+    store, file = tmp_path / "results.sqlite", tmp_path / "result.json"
+    options = ("--samples", 8, "--model", folder, "--store", store, "--batch-tokens", 2000)
+    first = run("--evaluate", "--infer", "--transform", "--rounds", 7, "--json", file, *options)
+    assert first.returncode == 0, first.stderr
+    assert f"Kept as experiment 1 in {store}" in first.stdout
+    shown = run("history", 1, "--store", store)
+    assert shown.returncode == 0, shown.stderr
+    for part in first.stdout.split("\n\n")[:-1]:
+        assert part.strip() in shown.stdout
+    listed = run("history", "--store", store).stdout
+    assert "8 questions: finished, 7 rows: bert-evaluation --evaluate --infer --transform" in listed
+    says(run("history", 2, "--store", store), 1, "no experiment 2; it has 1 to 1")
+    says(run("history", "--store", tmp_path / "absent"), 1, "no store")
+    with sqlite3.connect(store) as connection:
+        assert connection.execute("SELECT count(*) FROM timings").fetchone() == (5,)
+        assert connection.execute("SELECT count(*) FROM answers").fetchone() == (5 * 8,)
+    quality = json.loads(file.read_text())["rows"][2]["quality"]
+    assert quality["changed_answers"] == 0
+    assert quality["f1_difference"]["verdict"] == quality["exact_difference"]["verdict"] == "not worse"
+    assert (quality["margin"], quality["mcnemar_p"], quality["changes"]) == (0.99, 1.0, [])
+    # The same again computes nothing, compares what was timed side by side then, and scores with another threshold.
+    again = run("--evaluate", "--transform", *options, "--null-threshold", -1e9)
+    speeds = [[line for line in each.stdout.splitlines() if " samples/s" in line] for each in (first, again)]
+    assert [line.split("exact")[1].split(" samples")[0].split()[-1] for line in speeds[0]] == [
+        line.split("exact")[1].split(" samples")[0].split()[-1] for line in speeds[1]
+    ]
+    assert "without: 100.00" in again.stdout
+    # Another recipe is not compared in speed with what ran before it.
+    other = run("--evaluate", "--transform", "--recipe", "RemoveDropout+MergeLinears", *options)
+    assert "speed not compared" in other.stdout
+    assert "speed not compared" not in run(*other.args[2:], "--fresh").stdout
+
+
+def test_predictions_are_scored_as_they_were(folder, tmp_path):
+    answers, odds = tmp_path / "answers.json", tmp_path / "odds.json"
+    options = ("--evaluate", "--model", folder, "--null-threshold", 0.1, "--max-answer-length", 4, "--n-best", 5)
+    options += ("--max-length", 200, "--doc-stride", 50, "--batch-size", 16, "--json", tmp_path / "result.json")
+    done = run(*options, "--predictions", answers, "--no-answer-probabilities", odds)
+    assert done.returncode == 0, done.stderr
+    quality = json.loads((tmp_path / "result.json").read_text())["rows"][0]["quality"]
+    scores = json.loads(run("score", "built-in", answers).stdout)
+    assert scores["f1"] == pytest.approx(quality["f1"])
+    assert scores["HasAns_exact"] == pytest.approx(quality["has_answer_exact"])
+    assert scores["total"] == 216
+    assert "best_f1" in json.loads(run("score", "built-in", answers, "--no-answer-probabilities", odds).stdout)
+    content = json.loads(answers.read_text())
+    assert all(len(answer.split()) <= 4 for answer in content.values())
+    removed = [content.pop(each) for each in list(content)[:2]]
+    assert len(removed) == 2
+    answers.write_text(json.dumps(content))
+    says(run("score", "built-in", answers), 1, "2 of 216 questions have no prediction: ")
+    answers.write_text(json.dumps(json.loads(odds.read_text()) | {"x": ""}))
+    says(run("score", "built-in", answers), 1, "needs an answer in quotes")
+
+
+def test_unknown_ids_are_named_and_left_out(tmp_path):
+    questions = json.loads(builtin.QUESTIONS.read_text(encoding="utf-8"))
+    ids = [each["id"] for part in questions["data"] for passage in part["paragraphs"] for each in passage["qas"]]
+    (tmp_path / "answers.json").write_text(json.dumps(dict.fromkeys([*ids, "strange"], "")))
+    done = says(run("score", "built-in", tmp_path / "answers.json"), 0, "1 ids that built-in does not have: strange")
+    assert json.loads(done.stdout)["NoAns_f1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [("[1]", "no JSON object"), ("{", "not JSON"), ('{"a": 3}', "has 3 for question a"), (None, "There is no file")],
+)
+def test_bad_predictions(tmp_path, content, part):
+    if content is not None:
+        (tmp_path / "answers.json").write_text(content)
+    says(run("score", "built-in", tmp_path / "answers.json"), 1, part)
 
 
 def test_debug_shows_the_traceback():
