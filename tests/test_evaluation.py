@@ -181,7 +181,7 @@ def test_the_batch_size_is_measured_where_there_is_enough_to_measure(bert_checkp
         return cheapest_batching(reader, cut * 100)
 
     assert a_batch_costs(lambda tokens: tokens) == Batching(tokens=512)
-    assert a_batch_costs(lambda tokens: 20 + tokens if tokens <= 1024 else 2 * tokens) == Batching(tokens=1024)
+    assert a_batch_costs(lambda tokens: 100 + tokens if tokens <= 1024 else 2 * tokens) == Batching(tokens=1024)
     assert a_batch_costs(lambda tokens: 1.0).tokens > 2048  # a device that never fills up
 
 
