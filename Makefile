@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: setup demo test test-quick lint clean
+.PHONY: setup demo test test-quick lint families clean
 
 setup: $(READY)
 
@@ -25,6 +25,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+families: setup
+	$(BIN)/python -W ignore tests/family_table.py > docs/families.md
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
