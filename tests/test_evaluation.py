@@ -1,3 +1,7 @@
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from families import FAMILIES
@@ -183,6 +187,41 @@ def test_the_batch_size_is_measured_where_there_is_enough_to_measure(bert_checkp
     assert a_batch_costs(lambda tokens: tokens) == Batching(tokens=512)
     assert a_batch_costs(lambda tokens: 100 + tokens if tokens <= 1024 else 2 * tokens) == Batching(tokens=1024)
     assert a_batch_costs(lambda tokens: 1.0).tokens > 2048  # a device that never fills up
+
+
+def test_questions_are_tokenised_once_for_all(bert_checkpoint, monkeypatch):
+    model, tokenizer = bert_checkpoint
+    asked = []
+    monkeypatch.setattr(evaluations, "CHUNK", 10)
+    monkeypatch.setattr(evaluations, "windows", lambda *args: asked.append(len(args[1])) or windows(*args))
+    answers_of({"one": model, "two": model, "three": model}, tokenizer)
+    assert asked == [10, 10, 5]
+
+
+PEAK = """
+import resource, sys
+from bert_evaluation import evaluate, load
+from bert_evaluation.squad import read_squad
+from bert_evaluation.squad.batches import Batching
+model, tokenizer = load(sys.argv[1])
+evaluate(model, tokenizer, read_squad(sys.argv[2]), batching=Batching(tokens=2048))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_ten_times_the_questions_take_the_same_memory(tmp_path):
+    folder, peaks = checkpoint("bert", tmp_path / "model"), []
+    for times in (1, 10):
+        passages = [
+            {"context": PASSAGE, "qas": [{"id": f"{i}-{j}", "question": "Who won?", "answers": []} for j in range(5)]}
+            for i in range(500 * times)
+        ]
+        file = tmp_path / f"{times}.json"
+        file.write_text(json.dumps({"data": [{"paragraphs": passages}]}))
+        command = [sys.executable, "-c", PEAK, str(folder), str(file)]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert peaks[1] < 1.10 * peaks[0], peaks
 
 
 def test_inference_mode_is_used(bert_checkpoint):
