@@ -14,6 +14,7 @@ from bert_evaluation.rows import Row, row_as_json
 from bert_evaluation.squad.answers import AnswerRule
 from bert_evaluation.squad.batches import Batching
 from bert_evaluation.squad.windows import Windowing
+from bert_evaluation.stats import Ratio
 from bert_evaluation.store import Entry
 
 QUESTION = "Which zelda game is my favorite?"
@@ -49,7 +50,10 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that an experiment brought: what it ran on, and the rows, Base first. `number` is its own in the store."""
+    """All that an experiment brought: what it ran on, and the rows, Base first. `number` is its own in the store.
+
+    `noise` is Base's inference against itself: what this machine calls a difference where there is none.
+    """
 
     number: int
     experiment: Experiment
@@ -59,6 +63,7 @@ class Outcome:
     dataset: str | None
     samples: int | None
     rows: tuple[Row, ...]
+    noise: Ratio | None = None
 
 
 _ROW, _OUTCOME = TypeAdapter(Row), TypeAdapter(Outcome)

@@ -1,7 +1,7 @@
 """One recipe's result, and its published form."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bert_evaluation.evaluation import Work
 from bert_evaluation.stats import Difference, Interval, Ratio
@@ -51,6 +51,40 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """How a recipe does against Base at one shape of input and one number of threads. Times are milliseconds a call."""
+
+    batch: int
+    length: int
+    threads: int
+    base_ms: float
+    row_ms: float
+    speedup: Ratio
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one step of a recipe does to it: the whole recipe against it without the step, or the step alone on Base.
+
+    `speedup` above 1 is what the step gains; `f1_difference` is in percentage points, with - without.
+    """
+
+    step: str
+    way: Literal["left out", "alone"]
+    speedup: Ratio | None
+    f1_difference: Difference | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class StepChange:
+    """What one step of a recipe did to the graph, as a unified diff of its listing."""
+
+    step: str
+    diff: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One recipe's result. A part that was not asked for, or not timed since nothing changed, is None.
 
@@ -74,6 +108,9 @@ class Row:
     work: Work | None = None
     throughput_speedup: Ratio | None = None
     evaluation: str | None = None
+    regime: tuple[Cell, ...] = ()
+    effects: tuple[Effect, ...] = ()
+    graph_changes: tuple[StepChange, ...] = ()
 
 
 def row_as_json(row: Row) -> dict[str, Any]:
