@@ -1,7 +1,7 @@
 """How fast and how large is an evaluation? Against a plain loop over questions, and the original stack's pipeline.
 
     python benchmarks/evaluation.py speed  [DATASET] [--original PYTHON]
-    python benchmarks/evaluation.py memory DATASET [--times 10] [--gibibyte]
+    python benchmarks/evaluation.py memory DATASET [--times 10] [--model MODEL] [--gibibyte]
 
 `PYTHON` is the interpreter of an environment with `transformers<5` and the same torch, where the pipeline still is.
 """
@@ -125,20 +125,22 @@ class _Pipeline:
 def memory(
     dataset: Annotated[Path, typer.Argument(help="a SQuAD file")],
     times: Annotated[int, typer.Option(help="how often it is repeated")] = 10,
+    model: Annotated[str, typer.Option(help="checkpoint; a small one is as good and faster")] = "built-in",
     gibibyte: Annotated[bool, typer.Option("--gibibyte", help="also 20 questions out of a file of 1 GiB")] = False,
 ) -> None:
     """Peak memory of the command line on a file, and on that file repeated."""
     with tempfile.TemporaryDirectory() as folder:
-        once = _peak("--evaluate", "--dataset", dataset, "--store", f"{folder}/once.sqlite")
+        once = _peak("--evaluate", "--model", model, "--dataset", dataset, "--store", f"{folder}/once.sqlite")
         repeated = Path(folder) / "repeated.json"
         _repeat(dataset, repeated, times)
-        many = _peak("--evaluate", "--dataset", repeated, "--store", f"{folder}/many.sqlite")
+        many = _peak("--evaluate", "--model", model, "--dataset", repeated, "--store", f"{folder}/many.sqlite")
         print(f"once: {once:.0f} MB; {times} times: {many:.0f} MB, {many / once - 1:+.1%}")
         if gibibyte:
             copies = 2**30 // dataset.stat().st_size + 1
             _repeat(dataset, repeated, copies)
             size = repeated.stat().st_size / 2**30
-            drawn = _peak("--evaluate", "--dataset", repeated, "--samples", 20, "--store", ":memory:")
+            some = ("--samples", 20, "--store", ":memory:")
+            drawn = _peak("--evaluate", "--model", model, "--dataset", repeated, *some)
             print(f"20 questions out of {size:.2f} GiB: {drawn:.0f} MB")
 
 

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from family_tokenizers import checkpoint, left_padded
 from bert_evaluation import capture, compose, evaluate, load
 from bert_evaluation import evaluation as evaluations
 from bert_evaluation.answering import TOKENS, BatchResult, Reader, cheapest_batching
+from bert_evaluation.errors import UsageError
 from bert_evaluation.evaluation import evaluate_together
 from bert_evaluation.squad import Dataset, Example
 from bert_evaluation.squad.answers import AnswerRule
@@ -166,9 +168,38 @@ def test_work_is_accounted_for(bert_checkpoint):
     assert found.work.tokens == sum(map(len, cut))
     assert 0 < found.work.padding_share < 1
     assert sum(done) == pytest.approx(len(DATA))
-    assert found.work.model + found.work.extract == pytest.approx(sum(found.seconds))
+    assert found.work.model + found.work.extract == pytest.approx(sum(found.seconds) / found.work.streams)
     assert min(found.work.tokenise, found.work.model, found.work.extract, found.work.score) > 0
-    assert found.tokens_per_second == pytest.approx(found.work.tokens / sum(found.seconds))
+    assert found.tokens_per_second == pytest.approx(found.work.tokens * found.work.streams / sum(found.seconds))
+
+
+def test_streams_change_no_answer_and_leave_the_threads_as_they_were(bert_checkpoint):
+    model, tokenizer = bert_checkpoint
+    threads = torch.get_num_threads()
+    found = {streams: answers_of({"a": model, "b": model}, tokenizer, streams=streams) for streams in (1, 2, 5)}
+    assert found[1]["a"].answers == found[2]["a"].answers == found[2]["b"].answers == found[5]["b"].answers
+    assert {streams: each["a"].work.streams for streams, each in found.items()} == {1: 1, 2: 2, 5: 5}
+    assert torch.get_num_threads() == threads
+    with pytest.raises(UsageError, match="at least 1"):
+        answers_of({"a": model}, tokenizer, streams=0)
+
+
+def test_a_stream_that_fails_stops_the_others(bert_checkpoint, monkeypatch):
+    model, tokenizer = bert_checkpoint
+    threads, reads = torch.get_num_threads(), []
+
+    def read(self, group, session=0):
+        reads.append(group)
+        if len(reads) == 5:
+            raise Interruption
+        time.sleep(0.01)
+        return BatchResult((), 1.0, 1.0)
+
+    monkeypatch.setattr(Reader, "read", read)
+    with pytest.raises(Interruption):
+        answers_of({"a": model, "b": model, "c": model}, tokenizer, streams=2)
+    assert len(reads) < 15
+    assert torch.get_num_threads() == threads
 
 
 def test_the_batch_size_is_measured_where_there_is_enough_to_measure(bert_checkpoint, monkeypatch):

@@ -3,7 +3,7 @@
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any, Protocol
@@ -11,13 +11,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from bert_evaluation.answering import BatchResult, Reader, cheapest_batching
+from bert_evaluation.answering import BatchResult, Reader, cheapest_batching, device_of
+from bert_evaluation.errors import UsageError
 from bert_evaluation.squad.answers import Answer, AnswerRule, Span, choose
 from bert_evaluation.squad.batches import Batching, batches, padded
 from bert_evaluation.squad.dataset import Dataset, Example
 from bert_evaluation.squad.scores import Column, Judged, Row, judge
 from bert_evaluation.squad.windows import Window, Windowing, windows
 from bert_evaluation.stats import Ratio, speedup
+from bert_evaluation.streams import Streams, default_streams
 
 # Questions that are in memory at a time. Large enough for batches of like length, small beside a model.
 CHUNK = 1024
@@ -35,8 +37,12 @@ class Results(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """What an evaluation computed, and the seconds that each part of it took. Tokens of padding are computed too."""
+    """What an evaluation computed, and the seconds that each part of it took. Tokens of padding are computed too.
 
+    Seconds of model and extraction are those of all batches, divided by the streams that worked at once.
+    """
+
+    streams: int = 1
     tokens: int = 0
     padding: int = 0
     tokenise: float = 0.0
@@ -44,7 +50,7 @@ class Work:
     extract: float = 0.0
     score: float = 0.0
 
-    def with_batches(self, groups: Sequence[Sequence[Window]], tokenise: float) -> "Work":
+    def with_batches(self, groups: Collection[Sequence[Window]], tokenise: float) -> "Work":
         """With these batches too, which it took `tokenise` seconds to make."""
         tokens = sum(len(window) for group in groups for window in group)
         padding = sum(map(padded, groups)) - tokens
@@ -100,12 +106,12 @@ class Evaluation:
     @property
     def samples_per_second(self) -> float:
         """Questions a second, of model and answer extraction."""
-        return len(self.details) / sum(self.seconds)
+        return len(self.details) * self.work.streams / sum(self.seconds)
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens a second, padding left out."""
-        return self.work.tokens / sum(self.seconds)
+        return self.work.tokens * self.work.streams / sum(self.seconds)
 
     @property
     def latency(self) -> float:
@@ -131,17 +137,18 @@ def evaluate(
     windowing: Windowing = Windowing(),  # noqa: B008
     batch_size: int | None = None,
     batching: Batching | None = None,
+    streams: int | None = None,
 ) -> Evaluation:
     """Answer every question with one model or graph, and score the answers.
 
     Windows are batched by tokens, so many as measuring finds cheapest, unless `batch_size` (in windows) or `batching`
-    says otherwise.
+    says otherwise; `streams` batches are answered at once, by default one a thread of a CPU.
     """
     reader = Reader(model, tokenizer, rule)
     batching = batching or (
         Batching(size=batch_size) if batch_size is not None else measured(reader, dataset, windowing)
     )
-    return evaluate_together({"model": reader}, dataset, batching, windowing)["model"]
+    return evaluate_together({"model": reader}, dataset, batching, windowing, streams=streams)["model"]
 
 
 def measured(reader: Reader, dataset: Dataset, windowing: Windowing) -> Batching:
@@ -155,6 +162,7 @@ def evaluate_together(
     batching: Batching,
     windowing: Windowing = Windowing(),  # noqa: B008
     results: Mapping[str, Results] | None = None,
+    streams: int | None = None,
     session: int = 0,
     seed: int = 0,
     on_questions: Callable[[str, float], None] = lambda name, count: None,
@@ -164,35 +172,48 @@ def evaluate_together(
     Questions are tokenised once for all readers, 1,024 at a time, outside of what is timed; their windows are batched
     by length. `results` may hold results of batches by number, which are then not computed again, and takes those that
     are. Batches depend on the arguments only, so a run that is cut off and taken up ends like one that was not.
-    `on_questions` is told of the share of questions done, by reader.
+    `streams` batches are answered at once (see `streams.default_streams`). `on_questions` is told of the share of
+    questions done, by reader. Raises UsageError for less than one stream.
     """
+    if streams is not None and streams < 1:
+        raise UsageError(f"{streams} streams answer nothing; give at least 1.")
+    streams = streams or default_streams(device_of(next(iter(readers.values())).model))
     kept: Mapping[str, Results] = results or dict.fromkeys(readers, _Nowhere())
-    tables = {name: _Table(reader.rule) for name, reader in readers.items()}
+    tables = {name: _Table(reader.rule, streams) for name, reader in readers.items()}
     tokenizer = next(iter(readers.values())).tokenizer
     order, numbers, cold, work = random.Random(seed), count(), set(readers), Work()  # noqa: S311
-    for chunk in _chunks(dataset.examples):
-        start = time.perf_counter()
-        groups = list(batches(windows(tokenizer, chunk, windowing), batching))
-        work = work.with_batches(groups, time.perf_counter() - start)
-        windows_of = Counter(window.example for group in groups for window in group)
-        spans = {name: [list[Span]() for _ in chunk] for name in readers}
-        for group, number in zip(groups, numbers):  # noqa: B905  # numbers never end
-            share = sum(1 / windows_of[window.example] for window in group)
-            for name in order.sample(list(readers), len(readers)):
-                result = kept[name].get(number)
-                if result is None:
-                    with torch.inference_mode():
-                        if name in cold:
-                            readers[name].read(group)
-                        result = readers[name].read(group, session)
-                    kept[name].put(number, result)
-                    cold.discard(name)
-                for span in result.spans:
-                    spans[name][span.example].append(span)
-                tables[name].take(result)
-                on_questions(name, share)
-        for name, table in tables.items():
-            table.answer(chunk, spans[name])
+    with Streams(streams) as workers:
+
+        def read(group: list[Window], names: Sequence[str]) -> dict[str, BatchResult]:
+            with torch.inference_mode():
+                return {name: readers[name].read(group, session) for name in names if not workers.stopped.is_set()}
+
+        for chunk in _chunks(dataset.examples):
+            start = time.perf_counter()
+            groups = dict(zip(numbers, batches(windows(tokenizer, chunk, windowing), batching)))  # noqa: B905
+            work = work.with_batches(groups.values(), time.perf_counter() - start)
+            known = {number: {name: kept[name].get(number) for name in readers} for number in groups}
+            tasks = [
+                (groups[number], [name for name in order.sample(list(found), len(found)) if found[name] is None])
+                for number, found in known.items()
+            ]
+            for group, names in tasks:
+                read(group, sorted(cold.intersection(names)))  # to warm up
+                cold.difference_update(names)
+            windows_of = Counter(window.example for group in groups.values() for window in group)
+            spans = {name: [list[Span]() for _ in chunk] for name in readers}
+            for (number, group), new in zip(groups.items(), workers.map(lambda task: read(*task), tasks), strict=True):
+                share = sum(1 / windows_of[window.example] for window in group)
+                for name, computed in new.items():
+                    kept[name].put(number, computed)
+                for name, result in (known[number] | new).items():
+                    assert result is not None
+                    for span in result.spans:
+                        spans[name][span.example].append(span)
+                    tables[name].take(result)
+                    on_questions(name, share)
+            for name, table in tables.items():
+                table.answer(chunk, spans[name])
     return {name: table.evaluation(work) for name, table in tables.items()}
 
 
@@ -215,8 +236,8 @@ class _Nowhere:
 class _Table:
     """The answers of one reader as they come, and their scores at the end."""
 
-    def __init__(self, rule: AnswerRule) -> None:
-        self.rule = rule
+    def __init__(self, rule: AnswerRule, streams: int) -> None:
+        self.rule, self.streams = rule, streams
         self.answers: dict[str, Answer] = {}
         self.rows: list[Row] = []
         self.times: list[tuple[int, float]] = []
@@ -242,6 +263,11 @@ class _Table:
         judged, threshold = Judged.of(self.rows), self.rule.null_threshold
         scores = judged.averages(threshold) | judged.best_thresholds()
         extract = sum(seconds for _, seconds in self.times) - self.model
-        score = self.score + time.perf_counter() - start
-        work = replace(work, model=self.model, extract=extract, score=score)
+        work = replace(
+            work,
+            streams=self.streams,
+            model=self.model / self.streams,
+            extract=extract / self.streams,
+            score=self.score + time.perf_counter() - start,
+        )
         return Evaluation(scores, self.answers, judged, judged.final(threshold), tuple(self.times), work)

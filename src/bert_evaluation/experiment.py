@@ -24,6 +24,7 @@ from bert_evaluation.squad.batches import Batching, tensors
 from bert_evaluation.squad.dataset import Dataset, Example, sample
 from bert_evaluation.squad.windows import longest, question_first, windows
 from bert_evaluation.store import AnswerRecord, EvaluationKey, Store
+from bert_evaluation.streams import default_streams
 from bert_evaluation.transformation import Approximates
 from bert_evaluation.transformations import REGISTRY, original_recipes
 from bert_evaluation.verification import check, observe
@@ -209,6 +210,7 @@ def _evaluate(
         batching,
         experiment.windowing,
         {name: store.results(key, experiment.fresh) for name, key in keys.items()},
+        experiment.streams,
         session=outcome.number,
         on_questions=listener.advance,
     )
@@ -250,6 +252,7 @@ def _settings(shared: _Run, outcome: Outcome) -> dict[str, Any]:
         "n_best": rule.n_best,
         "max_answer_length": rule.max_answer_length,
         "chunk": CHUNK,
+        "streams": experiment.streams or default_streams(shared.device),
     }
 
 

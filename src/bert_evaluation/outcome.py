@@ -44,6 +44,7 @@ class Experiment:
     rule: AnswerRule = field(default_factory=AnswerRule)
     windowing: Windowing = field(default_factory=Windowing)
     batching: Batching = field(default_factory=Batching)
+    streams: int | None = None
     margin: float = MARGIN
     fresh: bool = False
 

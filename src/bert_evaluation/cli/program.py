@@ -1,5 +1,6 @@
 """The program, and how it ends: one sentence and an exit code, a traceback only with --debug."""
 
+import os
 import sys
 import warnings
 
@@ -47,4 +48,9 @@ def main() -> None:
 
 def _end(sentence: str, code: int) -> None:
     print(f"bert-evaluation: {sentence}", file=sys.stderr)
+    if code == INTERRUPTED:
+        # At once: Python would wait for streams that are in the middle of a batch.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     raise SystemExit(code)

@@ -40,6 +40,7 @@ def root(
     show_changes: Annotated[bool, typer.Option("--show-changes", help="list the answers that changed")] = False,
     batch_tokens: Annotated[int | None, typer.Option(help="tokens evaluated at once [default: measured]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="windows evaluated at once, instead")] = None,
+    streams: Annotated[int | None, typer.Option(help="batches evaluated at once [default: one a CPU thread]")] = None,
     rounds: Annotated[int, typer.Option(help="timed rounds of --infer")] = 40,
     question: Annotated[str | None, typer.Option(help="the question of --infer")] = None,
     passage: Annotated[str | None, typer.Option("--context", help="where its answer is looked for")] = None,
@@ -98,6 +99,7 @@ def root(
         rule=AnswerRule(null_threshold, n_best, max_answer_length),
         windowing=Windowing(max_length, doc_stride),
         batching=Batching(batch_tokens, batch_size),
+        streams=streams,
         margin=margin,
         fresh=fresh,
     )
