@@ -1,8 +1,10 @@
 """Devices: choosing one, waiting for it, and what machine it is part of."""
 
+import ctypes
 import difflib
 import os
 import platform
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -45,6 +47,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def give_back_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps it, in pieces that tensors of other sizes do not fit in: over thousands of batches of different shapes
+    a process would grow by as much again. Nothing is done where there is no glibc.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

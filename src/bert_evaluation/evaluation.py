@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bert_evaluation.answering import BatchResult, Reader, cheapest_batching, device_of
+from bert_evaluation.device import give_back_memory
 from bert_evaluation.errors import UsageError
 from bert_evaluation.squad.answers import Answer, AnswerRule, Span, choose
 from bert_evaluation.squad.batches import Batching, batches, padded
@@ -23,6 +24,7 @@ from bert_evaluation.streams import Streams, default_streams
 
 # Questions that are in memory at a time. Large enough for batches of like length, small beside a model.
 CHUNK = 1024
+TIDY = 16  # batches between two times that freed memory is given back
 
 
 class Results(Protocol):
@@ -212,6 +214,8 @@ def evaluate_together(
                         spans[name][span.example].append(span)
                     tables[name].take(result)
                     on_questions(name, share)
+                if number % TIDY == 0:
+                    give_back_memory()
             for name, table in tables.items():
                 table.answer(chunk, spans[name])
     return {name: table.evaluation(work) for name, table in tables.items()}
