@@ -15,7 +15,7 @@ from bert_evaluation.device import choose_device, machine
 from bert_evaluation.errors import InterruptedRunError
 from bert_evaluation.evaluation import CHUNK, Evaluation, evaluate_together, measured
 from bert_evaluation.graph import GraphModule
-from bert_evaluation.measurement import measure
+from bert_evaluation.measurement import Measurement, measure
 from bert_evaluation.outcome import Experiment, Outcome, dump
 from bert_evaluation.quality import alarm, quality
 from bert_evaluation.recipe import Recipe, compose, parse_recipe
@@ -38,12 +38,12 @@ DECISIVE = ("processor", "device", "device_name", "threads", "torch", "transform
 class Listener:
     """Who is told of the progress.
 
-    `stage` of a finished part; `begin` of a long one, with the steps of each of its tasks; `advance` of steps done in
-    one of those.
+    `stage` of a finished part; `begin` of a long one, with the steps of each of its tasks, None where they are not
+    known; `advance` of steps done in one of those.
     """
 
     stage: Callable[[str, Outcome], None] = lambda name, outcome: None
-    begin: Callable[[str, Mapping[str, int]], None] = lambda what, tasks: None
+    begin: Callable[[str, Mapping[str, int | None]], None] = lambda what, tasks: None
     advance: Callable[[str, float], None] = lambda task, count: None
 
 
@@ -109,7 +109,8 @@ def _stages(
     if shared.experiment.transform:
         outcome = done("transform", rows)
     if shared.experiment.infer:
-        rows = _infer(shared, outcome.number, rows, variants)
+        timing, rows = _infer(shared, outcome.number, rows, variants)
+        outcome = replace(outcome, noise=timing.noise, remarks=tuple(timing.remarks))
         outcome = done("infer", rows)
     if data is not None:
         outcome = done("evaluate", _evaluate(shared, outcome, rows, variants, data))
@@ -160,7 +161,9 @@ def _transform(
     return made, tuple(rows)
 
 
-def _infer(shared: _Run, number: int, rows: tuple[Row, ...], variants: Mapping[str, GraphModule]) -> tuple[Row, ...]:
+def _infer(
+    shared: _Run, number: int, rows: tuple[Row, ...], variants: Mapping[str, GraphModule]
+) -> tuple[Measurement, tuple[Row, ...]]:
     """Answer the one question with every variant, and time them."""
     experiment, tokenizer, listener = shared.experiment, shared.tokenizer, shared.listener
     question, context, rule = experiment.question, experiment.context, experiment.rule
@@ -168,18 +171,28 @@ def _infer(shared: _Run, number: int, rows: tuple[Row, ...], variants: Mapping[s
     padding, in_front = tokenizer.pad_token_id or 0, not question_first(tokenizer)
     inputs = tensors(cut, padding, model_inputs(variants[BASE]), shared.device, in_front)
     listener.begin("Timing", {"": experiment.rounds})
-    timing = measure(variants, inputs, experiment.rounds, on_round=lambda: listener.advance("", 1))
+    timing = measure(
+        variants,
+        inputs,
+        experiment.rounds,
+        precision=experiment.precision,
+        time_limit=experiment.time_limit,
+        on_round=lambda: listener.advance("", 1),
+    )
     answers = {
         name: answer(graph, tokenizer, question, context, rule, experiment.windowing).text
         for name, graph in variants.items()
     }
     for name, seconds in timing.seconds.items():
         shared.store.save_times(number, name, seconds)
-    return tuple(
+    return timing, tuple(
         replace(
             row,
             answer=answers[row.name],
             latency=timing.latency(row.name),
+            percentiles=timing.percentiles(row.name),
+            first_call_ms=1000 * timing.first_calls[row.name],
+            pays_after=None if row.name == BASE else timing.pays_after(row.name),
             rounds=len(timing.seconds[row.name]),
             speedup=None if row.name == BASE else timing.speedup(row.name),
         )

@@ -2,45 +2,110 @@
 
 import gc
 import random
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bert_evaluation.device import synchronize
 from bert_evaluation.errors import UsageError
-from bert_evaluation.stats import Interval, Ratio, median, speedup
+from bert_evaluation.stats import Interval, Ratio, beyond_noise, drift, median, outliers, speedup
 
-ROUNDS, WARM_UP = 40, 5
+PRECISION, TIME_LIMIT = 0.01, 60.0  # of a ratio; seconds
+LEAST, BETWEEN = 12, 4  # rounds before the interval is looked at, and between two looks
+AGAIN = "Base again"  # the first variant under another name: what a difference looks like where there is none
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When to stop: once every ratio's interval is within ± `precision`, or at `time_limit` seconds.
+
+    `rounds` stands for exactly so many instead. `warm_up` calls of each come first, or None for as many as it takes
+    for the median to settle.
+    """
+
+    precision: float = PRECISION
+    time_limit: float = TIME_LIMIT
+    rounds: int | None = None
+    warm_up: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds is not None and self.rounds < 1:
+            raise UsageError("There is nothing to time: give at least one round.")
+        if self.precision <= 0 or self.time_limit <= 0:
+            raise UsageError("A precision and a time limit are above 0.")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of each call, by variant; the first variant is what the others are compared with."""
+    """Seconds of each call, by variant; the first variant is what the others are compared with.
+
+    `again` are the first variant's, timed as if it were another one. `first_calls` are seconds of the very first call
+    of each, which may compile or pack.
+    """
 
     seconds: Mapping[str, tuple[float, ...]]
+    again: tuple[float, ...] = ()
+    first_calls: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
         """The variant that the others are compared with."""
         return next(iter(self.seconds))
 
+    @property
+    def noise(self) -> Ratio | None:
+        """The first variant against itself, in the same rounds."""
+        return speedup(self.seconds[self.base], self.again) if self.again else None
+
     def latency(self, name: str) -> Interval:
         """The median time of one call in milliseconds."""
         return median([1000 * second for second in self.seconds[name]])
 
+    def percentiles(self, name: str) -> tuple[float, float, float]:
+        """The 50th, 90th and 99th percentile of one call's milliseconds."""
+        p50, p90, p99 = np.percentile(self.seconds[name], (50, 90, 99)) * 1000
+        return float(p50), float(p90), float(p99)
+
     def speedup(self, name: str) -> Ratio:
-        """How many times faster than the base, from paired rounds, with interval and verdict."""
-        return speedup(self.seconds[self.base], self.seconds[name])
+        """How many times faster than the base, from paired rounds, with interval and verdict.
+
+        No verdict where the machine makes as much of a difference between the base and itself.
+        """
+        return beyond_noise(speedup(self.seconds[self.base], self.seconds[name]), self.noise)
+
+    def pays_after(self, name: str) -> float | None:
+        """Calls after which what the first call takes longer than Base's is won back; None if it never is."""
+        base, own = (self.latency(each).estimate / 1000 for each in (self.base, name))
+        extra = (self.first_calls[name] - own) - (self.first_calls[self.base] - base)
+        if extra <= 0:
+            return 0.0
+        return extra / (base - own) if self.speedup(name).verdict == "faster" else None
 
     @property
     def ratios(self) -> dict[str, Ratio]:
         """The speed-up of every variant but the base."""
         return {name: self.speedup(name) for name in self.seconds if name != self.base}
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader should know of the samples: drift and outliers of the base's, and a difference from itself."""
+        samples, found = self.seconds[self.base], []
+        if (change := drift(samples)) is not None:
+            found.append(f"Base's time drifted by {change:+.0%} from the first rounds to the last.")
+        if count := outliers(samples):
+            found.append(f"{count} of Base's {len(samples)} samples lie far from the others.")
+        if self.noise is not None and self.noise.verdict != "cannot tell":
+            found.append(
+                f"Base differs from itself here by {abs(self.noise.estimate - 1):.1%}: the machine is not quiet."
+            )
+        return found
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -55,29 +120,73 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 def measure(
     variants: Mapping[str, nn.Module],
     inputs: Mapping[str, Tensor],
-    rounds: int = ROUNDS,
-    warm_up: int = WARM_UP,
+    rounds: int | None = None,
+    warm_up: int | None = None,
+    precision: float = PRECISION,
+    time_limit: float = TIME_LIMIT,
     seed: int = 0,
     on_round: Callable[[], None] = lambda: None,
 ) -> Measurement:
     """Time `variants`, the first of them the base, on the same inputs, by keyword.
 
-    After `warm_up` calls of each, every round calls each once in a new random order. `on_round` is told of each round.
-    Raises UsageError if there is nothing to time.
+    See `Plan` for when it stops. `on_round` is told of each round. Raises UsageError if there is nothing to time.
     """
-    if not variants or rounds < 1:
-        raise UsageError("There is nothing to time: name at least one variant and one round.")
+    if not variants:
+        raise UsageError("There is nothing to time: name at least one variant.")
     device = next(iter(inputs.values())).device
-    order, seconds = random.Random(seed), {name: list[float]() for name in variants}  # noqa: S311
+
+    def call(name: str) -> float:
+        return timed(lambda: variants[name](**inputs), device)[0]
+
     with torch.inference_mode(), _no_garbage_collection():
-        for variant in variants.values():
-            for _ in range(warm_up):
-                variant(**inputs)
-        for _ in range(rounds):
-            for name in order.sample(list(variants), len(variants)):
-                seconds[name].append(timed(lambda name=name: variants[name](**inputs), device)[0])  # type: ignore[misc]
-            on_round()
-    return Measurement({name: tuple(samples) for name, samples in seconds.items()})
+        return sample(call, list(variants), Plan(precision, time_limit, rounds, warm_up), seed, on_round)
+
+
+def sample(
+    call: Callable[[str], float],
+    names: Sequence[str],
+    plan: Plan,
+    seed: int = 0,
+    on_round: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Measurement:
+    """Rounds of calls, each of every name and of the first one again, in random order; `call` returns seconds."""
+    start, order = clock(), random.Random(seed)  # noqa: S311
+    first_calls = {name: call(name) for name in names}
+    _warm_up(call, names, plan)
+    turns = {AGAIN: names[0], **{name: name for name in names}}
+    seconds = {turn: list[float]() for turn in turns}
+    while True:
+        for turn in order.sample(list(turns), len(turns)):
+            seconds[turn].append(call(turns[turn]))
+        on_round()
+        done = len(seconds[AGAIN])
+        again, samples = seconds[AGAIN], {name: seconds[name] for name in names}
+        if plan.rounds is not None:
+            finished = done >= plan.rounds
+        else:
+            look = done >= LEAST and done % BETWEEN == 0
+            finished = (look and _is_precise(samples, again, plan.precision)) or clock() - start >= plan.time_limit
+        if finished:
+            return Measurement({name: tuple(each) for name, each in samples.items()}, tuple(again), first_calls)
+
+
+def _warm_up(call: Callable[[str], float], names: Sequence[str], plan: Plan) -> None:
+    """Call each until its running median changes by less than 2 %, at most 20 times, or `plan.warm_up` times."""
+    for name in names:
+        samples = list[float]()
+        while len(samples) < (20 if plan.warm_up is None else plan.warm_up):
+            samples.append(call(name))
+            if plan.warm_up is None and len(samples) >= 6:
+                before, now = statistics.median(samples[-6:-3]), statistics.median(samples[-3:])
+                if abs(now - before) <= 0.02 * before:
+                    break
+
+
+def _is_precise(samples: Mapping[str, Sequence[float]], again: Sequence[float], precision: float) -> bool:
+    base, *others = samples.values()
+    ratios = [speedup(base, other) for other in (*others, again)]
+    return all((ratio.high - ratio.low) / 2 <= precision for ratio in ratios)
 
 
 class _no_garbage_collection(nullcontext[None]):  # noqa: N801

@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from bert_evaluation import builtin
-from bert_evaluation.measurement import ROUNDS
+from bert_evaluation.measurement import PRECISION, TIME_LIMIT
 from bert_evaluation.rows import Row, row_as_json
 from bert_evaluation.squad.answers import AnswerRule
 from bert_evaluation.squad.batches import Batching
@@ -38,7 +38,9 @@ class Experiment:
     samples: int | None = None
     seed: int = 42
     recipes: tuple[str, ...] = ()
-    rounds: int = ROUNDS
+    rounds: int | None = None
+    precision: float = PRECISION
+    time_limit: float = TIME_LIMIT
     question: str = QUESTION
     context: str = CONTEXT
     rule: AnswerRule = field(default_factory=AnswerRule)
@@ -53,7 +55,8 @@ class Experiment:
 class Outcome:
     """All that an experiment brought: what it ran on, and the rows, Base first. `number` is its own in the store.
 
-    `noise` is Base's inference against itself: what this machine calls a difference where there is none.
+    `noise` is Base's inference against itself: what this machine calls a difference where there is none; `remarks` say
+    what else a reader of the times should know.
     """
 
     number: int
@@ -65,6 +68,7 @@ class Outcome:
     samples: int | None
     rows: tuple[Row, ...]
     noise: Ratio | None = None
+    remarks: tuple[str, ...] = ()
 
 
 _ROW, _OUTCOME = TypeAdapter(Row), TypeAdapter(Outcome)
@@ -102,6 +106,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "dataset": {"name": outcome.dataset, "samples": outcome.samples, "seed": experiment.seed}
         if outcome.dataset
         else None,
+        "noise": asdict(outcome.noise) if outcome.noise else None,
+        "remarks": list(outcome.remarks),
         "rows": [row_as_json(row) for row in outcome.rows],
     }
     return {name: _finite(part) for name, part in published.items()}

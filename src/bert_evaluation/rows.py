@@ -88,8 +88,9 @@ class StepChange:
 class Row:
     """One recipe's result. A part that was not asked for, or not timed since nothing changed, is None.
 
-    `speedup` compares the time of one inference, `throughput_speedup` that of the evaluation's batches. `evaluation` is
-    the key of the evaluation in the store.
+    `percentiles` are the 50th, 90th and 99th of one inference's milliseconds; after `pays_after` calls the extra time
+    of the first one is won back. `speedup` compares the time of one inference, `throughput_speedup` that of the
+    evaluation's batches. `evaluation` is the key of the evaluation in the store.
     """
 
     name: str
@@ -99,6 +100,9 @@ class Row:
     unchanged: bool = False
     answer: str | None = None
     latency: Interval | None = None
+    percentiles: tuple[float, float, float] | None = None
+    first_call_ms: float | None = None
+    pays_after: float | None = None
     rounds: int = 0
     speedup: Ratio | None = None
     quality: Quality | None = None
@@ -145,10 +149,13 @@ def row_as_json(row: Row) -> dict[str, Any]:
             "low": latency.low,
             "high": latency.high,
             "samples": row.rounds,
+            **(dict(zip(("p50", "p90", "p99"), row.percentiles, strict=True)) if row.percentiles else {}),
+            "first_call": row.first_call_ms,
         }
         if latency
         else None,
         "speedup": asdict(row.speedup) if row.speedup else None,
+        "pays_after_calls": row.pays_after,
         "quality": asdict(row.quality) if row.quality else None,
         "alarm": row.alarm,
         "samples_per_second": row.samples_per_second,

@@ -1,12 +1,12 @@
 """Statistics of paired samples: pure functions of numbers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest
+from scipy.stats import binomtest, kendalltau
 
 TimeVerdict = Literal["faster", "slower", "cannot tell"]
 QualityVerdict = Literal["not worse", "worse", "cannot tell"]
@@ -63,6 +63,34 @@ def speedup(base: Sequence[float], variant: Sequence[float], seed: int = 0) -> R
     elif enough and interval.high < 1:
         verdict = "slower"
     return Ratio(interval.estimate, interval.low, interval.high, verdict)
+
+
+def beyond_noise(ratio: Ratio, noise: Ratio | None) -> Ratio:
+    """The ratio, without a verdict where `noise`, the base against itself, is as far from 1 as its near end."""
+    if noise is None:
+        return ratio
+    floor = max(noise.estimate, 1 / noise.estimate)
+    clear = ratio.low > floor if ratio.verdict == "faster" else ratio.high < 1 / floor
+    return ratio if clear else replace(ratio, verdict="cannot tell")
+
+
+def drift(samples: Sequence[float]) -> float | None:
+    """The relative change from the first third's median to the last's; None below 2 % or if there is no trend.
+
+    A trend is a rank correlation with time (Kendall 1938) that chance brings about once in a thousand runs.
+    """
+    third = len(samples) // 3
+    if third < 3:
+        return None
+    change = float(np.median(samples[-third:]) / np.median(samples[:third])) - 1
+    trend = kendalltau(range(len(samples)), samples).pvalue < 0.001
+    return change if trend and abs(change) >= 0.02 else None
+
+
+def outliers(samples: Sequence[float]) -> int:
+    """How many samples lie more than five (scaled) median absolute deviations from the median."""
+    distances = np.abs(np.asarray(samples) - np.median(samples))
+    return int((distances > 5 * 1.4826 * np.median(distances)).sum()) if len(samples) else 0
 
 
 def paired_difference(

@@ -27,12 +27,12 @@ def shown(call: "Callable[[Listener], Outcome]", quiet: bool, show_changes: bool
             while tasks:
                 bar.remove_task(tasks.popitem()[1])
 
-        def begin(what: str, parts: Mapping[str, int]) -> None:
+        def begin(what: str, parts: Mapping[str, int | None]) -> None:
             clear()
             for name, total in parts.items():
                 tasks[name] = bar.add_task(f"{what} {name}".strip(), total=total)
             if len(parts) > 1:
-                tasks[ALL] = bar.add_task(f"{what} {ALL}", total=sum(parts.values()))
+                tasks[ALL] = bar.add_task(f"{what} {ALL}", total=sum(total or 0 for total in parts.values()))
 
         def advance(task: str, count: float) -> None:
             for name in {task, ALL} & tasks.keys():

@@ -40,6 +40,12 @@ def infer_lines(outcome: Outcome) -> Iterator[str]:
         if row.answer != base.answer:
             line += f"; ANSWERS OTHERWISE: {row.answer or '(none)'}"
         yield line
+    if (noise := outcome.noise) is not None:
+        yield (
+            f"Base against itself: {noise.estimate:.3f} ({noise.low:.3f} to {noise.high:.3f}), {base.rounds} rounds; a"
+            " difference below this is none"
+        )
+    yield from outcome.remarks
 
 
 def evaluate_lines(outcome: Outcome) -> Iterator[str]:
