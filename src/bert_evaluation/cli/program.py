@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from bert_evaluation.cli import history, root, score, transformations
+from bert_evaluation.cli import diff, history, root, score, transformations
 from bert_evaluation.errors import BertEvaluationError, InterruptedRunError, UsageError
 
 INTERRUPTED = 130
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.callback(invoke_without_command=True)(root.root)
 app.command("transformations")(transformations.transformations)
+app.command("diff")(diff.diff)
 app.command("history")(history.history)
 app.command("score")(score.score)
 

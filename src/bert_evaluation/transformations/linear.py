@@ -241,9 +241,7 @@ class FuseBiasInLinear(ReversibleTransformation):
             source = linear.args[0]
             assert isinstance(source, Node)
             with graph.graph.inserting_before(linear):
-                padded = _padded(source, linear) or graph.graph.call_function(
-                    aten.constant_pad_nd.default, (source, [0, 1], 1.0)
-                )
+                padded = _padded(source, linear) or _pad(graph, source)
                 stored = graph.graph.get_attr(name)
                 fused_linear = graph.graph.call_function(aten.linear.default, (padded, stored))
             linear.replace_all_uses_with(fused_linear)
@@ -266,3 +264,11 @@ def _padded(source: Node, reader: Node) -> Node | None:
         if same and user < reader and not written_between(user, reader):
             return user
     return None
+
+
+def _pad(graph: GraphModule, source: Node) -> Node:
+    """The tensor with ones appended. Its shape is said here: asking the operator would make dynamic sizes fixed."""
+    padded = graph.graph.call_function(aten.constant_pad_nd.default, (source, [0, 1], 1.0))
+    if isinstance(value := source.meta.get("val"), Tensor):
+        padded.meta["val"] = value.new_empty((*value.shape[:-1], value.shape[-1] + 1))
+    return padded
