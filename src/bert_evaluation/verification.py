@@ -1,37 +1,50 @@
 """Is a promise kept? A transformed graph against its model, on inputs chosen to break things."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from bert_evaluation import graph as graphs
-from bert_evaluation.capturing import capture, eval_mode, example_inputs, longest_input, text_inputs
+from bert_evaluation.capturing import capture, eval_mode
 from bert_evaluation.errors import UsageError
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Approximates, Bitwise, promise_of
+from bert_evaluation.probes import Probe, default_probes, text_probes
+from bert_evaluation.transformation import Approximates, Bitwise, Promise, promise_of
+
+__all__ = [
+    "SLACK",
+    "Place",
+    "Probe",
+    "Reference",
+    "Verification",
+    "check",
+    "default_probes",
+    "judge",
+    "observe",
+    "parting",
+    "results",
+    "text_probes",
+    "verify",
+]
 
 # A reassociated result may be this many times farther from the float64 result than the untransformed one is.
 SLACK = 8.0
-
-
-@dataclass(frozen=True)
-class Probe:
-    """An input, and what it is."""
-
-    name: str
-    inputs: Mapping[str, Tensor]
+# What an operator raises for inputs that it cannot take.
+FAILURES = (RuntimeError, IndexError, ValueError, TypeError, AssertionError)
 
 
 @dataclass(frozen=True)
 class Verification:
     """Whether a graph keeps its promise on every probe, and by how much it differs from the model.
 
-    `tolerance` is what `error` was held against: both are largest distances from the model run in float64 (for
-    `Bitwise`, from the model itself, and 0). `first_difference` names the first node where the graphs part.
+    `tolerance` is what `error` was held against on the probe that comes nearest to it: both are distances from the
+    model run in float64 (for `Bitwise`, from the model itself, and 0). A graph that fails on a probe that its model
+    takes is infinitely far. `first_difference` names the first node where the graphs part.
     """
 
     promise: str
@@ -52,54 +65,47 @@ class Verification:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model returns for every probe, as it is and in float64; made once for all graphs of the model."""
+    """What a model returns for every probe, as it is and in float64; made once for all graphs of the model.
+
+    `tolerances` are how far a reassociated result of each may be from the float64 one.
+    """
 
     model: nn.Module
     probes: tuple[Probe, ...]
     outputs: tuple[list[Tensor], ...]
     exact: tuple[list[Tensor], ...]
+    tolerances: tuple[float, ...]
 
 
-def text_probes(model: nn.Module) -> tuple[Probe, ...]:
-    """Batches and lengths from 1 to the checkpoint's limit, padding on either side, a row with all of it masked."""
-    longest = min(512, longest_input(model))
-    shapes = [(1, 1), (1, 2), (2, 7), (3, 31), (8, 16), (1, longest)]
-    probes = [Probe(f"batch {batch}, length {length}", text_inputs(model, batch, length)) for batch, length in shapes]
-    for name, masked in (
-        ("padding on the right", (slice(0, 1), slice(9, None))),
-        ("padding on the left", (slice(0, 1), slice(None, 9))),
-        ("a fully masked row", (slice(1, 2), slice(None))),
-    ):
-        inputs = text_inputs(model, 3, 19)
-        inputs["attention_mask"][masked] = 0
-        probes.append(Probe(name, inputs))
-    return tuple(probes)
+@dataclass(frozen=True)
+class Place:
+    """A node of a graph, and the layer that it is from (empty where it is from none)."""
+
+    node: str
+    layer: str
+
+    def __str__(self) -> str:
+        return f"{self.layer} ({self.node})" if self.layer else self.node
 
 
-def default_probes(model: nn.Module, graph: GraphModule | None = None) -> tuple[Probe, ...]:
-    """Those of a text encoder; for any other module, batches of 1, 2 and 7 of what its graph takes."""
-    if hasattr(model, "config"):
-        return text_probes(model)
-    if graph is None and isinstance(model, GraphModule):
-        graph = model
-    if graph is None:
-        raise UsageError(f"{type(model).__name__} is no text encoder: give probes to verify it with.")
-    return tuple(Probe(f"batch {size}", example_inputs(graph, size)) for size in (1, 2, 7))
+def observe(model: nn.Module, probes: Sequence[Probe] | None = None, precise: nn.Module | None = None) -> Reference:
+    """Run the model on the probes (its own for a transformers encoder), in its type and in float64.
 
-
-def observe(model: nn.Module, probes: Sequence[Probe] | None = None) -> Reference:
-    """Run the model on the probes (its own for a transformers encoder), in its type and in float64."""
+    `precise` is the model in float64 where that is there already.
+    """
     if probes is None:
         probes = default_probes(model)
     if not probes:
         raise UsageError("There is nothing to verify with: give at least one probe.")
-    precise = graphs.in_double(model) if isinstance(model, GraphModule) else copy.deepcopy(model).double()
-    doubled = [
-        {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in probe.inputs.items()}
-        for probe in probes
-    ]
-    outputs = _outputs(model, [probe.inputs for probe in probes])
-    return Reference(model, tuple(probes), outputs, _outputs(precise, doubled))
+    precise = precise or in_double(model)
+    inputs = [probe.inputs for probe in probes]
+    outputs, exact = _outputs(model, inputs), _outputs(precise, map(_doubled, inputs))
+    return Reference(model, tuple(probes), outputs, exact, tolerances(exact, outputs))
+
+
+def in_double(model: nn.Module) -> nn.Module:
+    """A copy of a model or graph that computes in float64."""
+    return graphs.in_double(model) if isinstance(model, GraphModule) else copy.deepcopy(model).double()
 
 
 def verify(model: nn.Module, graph: GraphModule, probes: Sequence[Probe] | None = None) -> Verification:
@@ -109,35 +115,61 @@ def verify(model: nn.Module, graph: GraphModule, probes: Sequence[Probe] | None 
 
 def check(reference: Reference, graph: GraphModule) -> Verification:
     """`verify` against a reference that is there already."""
-    promise = promise_of(graph)
-    results = _outputs(graph, [probe.inputs for probe in reference.probes])
-    pairs = list(zip(reference.outputs, results, strict=True))
-    distances = [_distance(base, result) for base, result in pairs]
+    promise, model = promise_of(graph), reference.model
+    found = judge(reference, results(graph, reference.probes), promise)
+    if found.kept:
+        return found
+    inputs = next(probe.inputs for probe in reference.probes if probe.name == found.failing_probe)
+    base = model if isinstance(model, GraphModule) else capture(model, None if hasattr(model, "config") else inputs)
+    return replace(found, first_difference=str(parting(base, graph, inputs, promise)))
+
+
+def results(graph: nn.Module, probes: Iterable[Probe]) -> tuple[list[Tensor], ...]:
+    """What a transformed graph returns for every probe; nothing for one that it fails on."""
+    return tuple(_outputs(graph, [probe.inputs], FAILURES)[0] for probe in probes)
+
+
+def judge(reference: Reference, found: Sequence[list[Tensor]], promise: Promise) -> Verification:
+    """Hold what a graph returned for the reference's probes against a promise."""
+    pairs = list(zip(reference.outputs, found, strict=True))
+    distances, allowed = [_distance(base, result) for base, result in pairs], reference.tolerances
     if isinstance(promise, Bitwise):
-        errors, tolerance = distances, 0.0
+        errors, allowed = distances, (0.0,) * len(pairs)
     else:
-        errors = [_distance(exact, result) for exact, result in zip(reference.exact, results, strict=True)]
-        tolerance = _tolerance(reference) if not isinstance(promise, Approximates) else torch.finfo(torch.float64).max
-    failing = next((i for i, error in enumerate(errors) if not error <= tolerance), None)
+        errors = [_distance(exact, result) for exact, result in zip(reference.exact, found, strict=True)]
+    if isinstance(promise, Approximates):
+        allowed = (torch.finfo(torch.float64).max,) * len(pairs)
+    else:
+        errors = [error if _types(*pair) else math.inf for error, pair in zip(errors, pairs, strict=True)]
+    failing = next((i for i, error in enumerate(errors) if not error <= allowed[i]), None)
+    worst = max(range(len(pairs)), key=lambda i: errors[i] / allowed[i] if allowed[i] else errors[i])
     return Verification(
         promise=promise.kind,
         verdict="kept" if failing is None else "broken",
         max_abs_error=max(distances),
         max_ulp=max(_ulp(base, result) for base, result in pairs),
-        error=max(errors),
-        tolerance=tolerance,
+        error=errors[worst],
+        tolerance=allowed[worst],
         probes=len(reference.probes),
         failing_probe=None if failing is None else reference.probes[failing].name,
-        first_difference=None if failing is None else _first_difference(reference, graph, failing),
     )
 
 
-def _tolerance(reference: Reference) -> float:
-    pairs = zip(reference.exact, reference.outputs, strict=True)
-    rounding = max(_distance(exact, output) for exact, output in pairs)
-    leaves = [leaf for output in reference.outputs for leaf in output if leaf.is_floating_point()]
-    unit = max((torch.finfo(leaf.dtype).eps * _largest(leaf) for leaf in leaves), default=0.0)
-    return SLACK * max(rounding, unit)
+def tolerances(exact: Iterable[Sequence[Tensor]], outputs: Iterable[Sequence[Tensor]]) -> tuple[float, ...]:
+    """How far from the float64 results reassociated ones may be: a few times the outputs' own distance, or their unit.
+
+    Each probe has its own, so that a small one is not measured by what is lost in a large one.
+    """
+    return tuple(_tolerance(*pair) for pair in zip(exact, outputs, strict=True))
+
+
+def _tolerance(exact: Sequence[Tensor], output: Sequence[Tensor]) -> float:
+    units = [torch.finfo(leaf.dtype).eps * _largest(leaf) for leaf in output if leaf.is_floating_point()]
+    return SLACK * max(_distance(exact, output), *units, 0.0)
+
+
+def _doubled(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
 def _largest(tensor: Tensor) -> float:
@@ -145,21 +177,35 @@ def _largest(tensor: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def _outputs(model: nn.Module, inputs: Iterable[Mapping[str, Tensor]]) -> tuple[list[Tensor], ...]:
+def _outputs(
+    model: nn.Module, inputs: Iterable[Mapping[str, Tensor]], forgiven: tuple[type[Exception], ...] = ()
+) -> tuple[list[Tensor], ...]:
+    def run(each: Mapping[str, Tensor]) -> list[Tensor]:
+        try:
+            return graphs.output_tensors(model(**each))
+        except torch.OutOfMemoryError:
+            raise
+        except forgiven:
+            return []
+
     with torch.inference_mode(), eval_mode(model):
-        return tuple(graphs.output_tensors(model(**each)) for each in inputs)
+        return tuple(run(each) for each in inputs)
+
+
+def _types(expected: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
+    return [tensor.dtype for tensor in expected] == [tensor.dtype for tensor in got]
 
 
 def _distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     """The largest absolute difference; infinite where shapes, or what is not finite, differ."""
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in got]:
-        return float("inf")
+        return math.inf
     worst = 0.0
     for one, other in zip(expected, got, strict=True):
         a, b = one.detach().double(), other.detach().double()
         odd = ~(a.isfinite() & b.isfinite())
         if not torch.equal(a[odd].nan_to_num(1.0, 2.0, 3.0), b[odd].nan_to_num(1.0, 2.0, 3.0)):
-            return float("inf")
+            return math.inf
         if not bool(odd.all()):
             worst = max(worst, float((a - b)[~odd].abs().max()))
     return worst
@@ -167,6 +213,8 @@ def _distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 def _ulp(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     """The largest difference in units of the last place of the expected value."""
+    if len(expected) != len(got):
+        return math.inf
     worst = 0.0
     for one, other in zip(expected, got, strict=True):
         if one.is_floating_point() and one.shape == other.shape and one.numel():
@@ -178,39 +226,51 @@ def _ulp(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what each node returned."""
+    """Runs a graph and keeps what each node returned, and the node that it failed at."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
-        self.values: dict[str, tuple[Node, Any]] = {}
+        self.values: dict[str, tuple[Node, list[Tensor]]] = {}
+        self.failed: Node | None = None
 
     def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        self.values[n.name] = (n, result)
-        return result
+        try:
+            value = super().run_node(n)
+        except FAILURES:
+            self.failed = n
+            raise
+        self.values[n.name] = (n, graphs.output_tensors(value))
+        return value
 
 
-def _record(graph: GraphModule, inputs: Mapping[str, Tensor]) -> dict[str, tuple[Node, Any]]:
+def _record(graph: GraphModule, inputs: Mapping[str, Tensor]) -> _Recorder:
     recorder = _Recorder(graph)
     with torch.inference_mode():
-        recorder.run(*(inputs[name] for name in graphs.input_names(graph)), enable_io_processing=False)
-    return recorder.values
+        try:
+            recorder.run(*(inputs[name] for name in graphs.input_names(graph)), enable_io_processing=False)
+        except FAILURES:
+            if recorder.failed is None:
+                raise
+    return recorder
 
 
-def _first_difference(reference: Reference, graph: GraphModule, index: int) -> str | None:
-    """The first node of the untransformed graph whose namesake in the transformed one returns something else."""
-    probe, model = reference.probes[index], reference.model
-    base = (
-        model
-        if isinstance(model, GraphModule)
-        else capture(model, probe.inputs if not hasattr(model, "config") else None)
-    )
-    before, after = _record(base, probe.inputs), _record(graph, probe.inputs)
-    scale = 0.0 if isinstance(promise_of(graph), Bitwise) else 1e-4
-    for name, (node, value) in before.items():
-        other = after.get(name, (None, None))[1]
-        if not (isinstance(value, Tensor) and isinstance(other, Tensor)):
+def parting(before: GraphModule, after: GraphModule, inputs: Mapping[str, Tensor], promise: Promise) -> Place | None:
+    """The first node of a graph whose namesake in the transformed one returns something else, or else fails.
+
+    A node is held against its own float64 result as outputs are; for `Bitwise` it has to be equal. Parameters are
+    passed over: it is what is computed with them that counts.
+    """
+    expected, got = _record(before, inputs), _record(after, inputs)
+    exact = {} if isinstance(promise, Bitwise) else _record(graphs.in_double(before), _doubled(inputs)).values
+    for name, (node, values) in expected.values.items():
+        if node.op == "get_attr" or name not in got.values:
             continue
-        if _distance([value], [other]) > scale * _largest(value.double()):
-            return f"{graphs.layer(node)} ({name})" if graphs.layer(node) else name
-    return None
+        if _part(values, got.values[name][1], exact.get(name, (node, values))[1], promise):
+            return Place(name, graphs.layer(node))
+    return None if got.failed is None else Place(got.failed.name, graphs.layer(got.failed))
+
+
+def _part(values: list[Tensor], others: list[Tensor], exact: list[Tensor], promise: Promise) -> bool:
+    if isinstance(promise, Bitwise):
+        return _distance(values, others) > 0
+    return not _distance(exact, others) <= _tolerance(exact, values)

@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from bert_evaluation.cli import diff, history, root, score, transformations
+from bert_evaluation.cli import diff, history, root, score, transformations, verify
 from bert_evaluation.errors import BertEvaluationError, InterruptedRunError, UsageError
 
 INTERRUPTED = 130
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.callback(invoke_without_command=True)(root.root)
 app.command("transformations")(transformations.transformations)
 app.command("diff")(diff.diff)
+app.command("verify")(verify.verify)
 app.command("history")(history.history)
 app.command("score")(score.score)
 
