@@ -15,11 +15,12 @@ from bert_evaluation.device import choose_device, machine
 from bert_evaluation.errors import InterruptedRunError
 from bert_evaluation.evaluation import CHUNK, Evaluation, evaluate_together, measured
 from bert_evaluation.graph import GraphModule
+from bert_evaluation.listing import step_diffs
 from bert_evaluation.measurement import Measurement, measure
 from bert_evaluation.outcome import Experiment, Outcome, dump
 from bert_evaluation.quality import alarm, quality
 from bert_evaluation.recipe import Recipe, compose, parse_recipe
-from bert_evaluation.rows import Row
+from bert_evaluation.rows import Row, StepChange
 from bert_evaluation.squad.batches import Batching, tensors
 from bert_evaluation.squad.dataset import Dataset, Example, sample
 from bert_evaluation.squad.windows import longest, question_first, windows
@@ -155,6 +156,7 @@ def _transform(
                 sites=own.reports,
                 verification=check(reference, graph) if reference else None,
                 unchanged=not own.report.applied,
+                graph_changes=tuple(StepChange(each.transformation, each.diff) for each in step_diffs(base, recipe)),
             )
         )
         listener.advance("", 1)
