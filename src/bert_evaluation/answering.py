@@ -17,10 +17,11 @@ from bert_evaluation.squad.answers import Answer, AnswerRule, Logits, Span, best
 from bert_evaluation.squad.batches import Batching, batches, padded, tensors
 from bert_evaluation.squad.dataset import Example
 from bert_evaluation.squad.windows import Window, Windowing, question_first, windows
+from bert_evaluation.streams import Streams
 
 # Tokens of a batch that a CPU was measured to be near its best with. It is used where there is too little to measure.
 TOKENS = 1024
-SIZES, ROUNDS, WORTH = (512, 1024, 2048), 4, 0.05
+SIZES, ROUNDS, WORTH = (512, 1024, 2048), 2, 0.05
 ENOUGH = 10 * (1 + ROUNDS) * sum(SIZES)  # tokens of which measuring reads a tenth
 
 
@@ -45,8 +46,9 @@ class Reader:
     tokenizer: Any
     rule: AnswerRule
 
+    @torch.inference_mode()
     def read(self, group: Sequence[Window], session: int = 0) -> BatchResult:
-        """Answer one batch. Call it in inference mode."""
+        """Answer one batch."""
         model, in_front = self.model, not question_first(self.tokenizer)
         device = device_of(model)
         synchronize(device)
@@ -77,22 +79,23 @@ def answer(
 ) -> Answer:
     """The answer to one question."""
     cut = windows(tokenizer, [Example("", question, context, ())], windowing)
-    with torch.inference_mode():
-        return choose(context, Reader(model, tokenizer, rule).read(cut).spans, rule)
+    return choose(context, Reader(model, tokenizer, rule).read(cut).spans, rule)
 
 
-def cheapest_batching(reader: Reader, cut: Sequence[Window]) -> Batching:
+def cheapest_batching(reader: Reader, cut: Sequence[Window], streams: int = 1) -> Batching:
     """The smallest number of tokens a batch at which a token costs within 5 % of the least, measured on these windows.
 
-    Beyond 2,048 sizes double for as long as that gains 5 %. 1,024 where there are too few windows for measuring to pay.
+    `streams` batches are read at once, as they will be. Beyond 2,048 sizes double for as long as that gains 5 %. 1,024
+    where there are too few windows for measuring to pay.
     """
     total = sum(len(window) for window in cut)
     if total < ENOUGH:
         return Batching(tokens=TOKENS)
-    costs = _costs(reader, cut, SIZES)
+    costs = _costs(reader, cut, SIZES, streams)
     largest = SIZES[-1]
     while 16 * largest < total:
-        pair = _costs(reader, cut, (largest, 2 * largest))  # side by side, since the machine may be slower by now
+        # Side by side, since the machine may be slower by now.
+        pair = _costs(reader, cut, (largest, 2 * largest), streams)
         if pair[2 * largest] > (1 - WORTH) * pair[largest]:
             break
         largest *= 2
@@ -101,7 +104,7 @@ def cheapest_batching(reader: Reader, cut: Sequence[Window]) -> Batching:
     return Batching(tokens=min(size for size, cost in costs.items() if cost <= (1 + WORTH) * least))
 
 
-def _costs(reader: Reader, cut: Sequence[Window], sizes: Sequence[int]) -> dict[int, float]:
+def _costs(reader: Reader, cut: Sequence[Window], sizes: Sequence[int], streams: int) -> dict[int, float]:
     """Seconds a token of batches of `sizes` tokens, made of windows of middling length; the best of a few rounds."""
     longer_half = sorted(cut, key=len)[len(cut) // 2 :]
     groups = {}
@@ -109,11 +112,12 @@ def _costs(reader: Reader, cut: Sequence[Window], sizes: Sequence[int]) -> dict[
         fitting = longer_half[: max(1, size // len(longer_half[0]))]
         groups[size] = next(batches(fitting, Batching(tokens=size)))
     order, costs = random.Random(0), dict.fromkeys(sizes, float("inf"))  # noqa: S311
-    with torch.inference_mode():
+    with Streams(streams) as workers:
         for round_ in range(1 + ROUNDS):
             for size in order.sample(list(sizes), len(sizes)):
-                cost = reader.read(groups[size]).seconds / padded(groups[size])
+                found = list(workers.map(reader.read, [groups[size]] * streams))
                 if round_:  # the first warms up
+                    cost = sum(result.seconds for result in found) / padded(groups[size])
                     costs[size] = min(costs[size], cost)
     return costs
 

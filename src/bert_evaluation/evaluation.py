@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from bert_evaluation.answering import BatchResult, Reader, cheapest_batching, device_of
@@ -148,14 +147,15 @@ def evaluate(
     """
     reader = Reader(model, tokenizer, rule)
     batching = batching or (
-        Batching(size=batch_size) if batch_size is not None else measured(reader, dataset, windowing)
+        Batching(size=batch_size) if batch_size is not None else measured(reader, dataset, windowing, streams)
     )
     return evaluate_together({"model": reader}, dataset, batching, windowing, streams=streams)["model"]
 
 
-def measured(reader: Reader, dataset: Dataset, windowing: Windowing) -> Batching:
+def measured(reader: Reader, dataset: Dataset, windowing: Windowing, streams: int | None = None) -> Batching:
     """The batching that is cheapest for this reader, measured on the data set's first questions."""
-    return cheapest_batching(reader, windows(reader.tokenizer, list(islice(dataset.examples, CHUNK)), windowing))
+    cut = windows(reader.tokenizer, list(islice(dataset.examples, CHUNK)), windowing)
+    return cheapest_batching(reader, cut, streams or default_streams(device_of(reader.model)))
 
 
 def evaluate_together(
@@ -187,8 +187,7 @@ def evaluate_together(
     with Streams(streams) as workers:
 
         def read(group: list[Window], names: Sequence[str]) -> dict[str, BatchResult]:
-            with torch.inference_mode():
-                return {name: readers[name].read(group, session) for name in names if not workers.stopped.is_set()}
+            return {name: readers[name].read(group, session) for name in names if not workers.stopped.is_set()}
 
         for chunk in _chunks(dataset.examples):
             start = time.perf_counter()

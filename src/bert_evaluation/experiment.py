@@ -215,7 +215,9 @@ def _evaluate(
     if batching.is_open:
         key = _key(variants[BASE], data, settings).key
         listener.begin("Choosing the batch size", {"": 1})
-        tokens = store.tuned(key, lambda: measured(readers[BASE], data, experiment.windowing).tokens or 1)
+        tokens = store.tuned(
+            key, lambda: measured(readers[BASE], data, experiment.windowing, experiment.streams).tokens or 1
+        )
         batching = Batching(tokens=tokens)
     keys = {name: _key(graph, data, settings | {"batching": str(batching)}) for name, graph in variants.items()}
     listener.begin("Answering", dict.fromkeys(readers, len(data)))

@@ -153,6 +153,11 @@ class Store:
         found = self._database.do("SELECT name, seconds FROM timings WHERE experiment = ?", (number,))
         return {name: json.loads(seconds) for name, seconds in found}
 
+    def batch_seconds(self, key: str) -> list[float]:
+        """The raw times (seconds) of an evaluation's batches, in their order."""
+        found = self._database.do("SELECT seconds FROM batches WHERE evaluation = ? ORDER BY number", (key,))
+        return [seconds for (seconds,) in found]
+
     def results(self, evaluation: EvaluationKey, fresh: bool = False) -> "StoredResults":
         """The results of an evaluation's batches, kept as they come; `fresh` forgets those that there are."""
         key, parts = evaluation.key, evaluation

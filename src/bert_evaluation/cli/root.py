@@ -54,6 +54,7 @@ def root(
     n_best: Annotated[int, typer.Option(help="best starts and ends that are paired")] = 20,
     max_answer_length: Annotated[int, typer.Option(help="tokens of an answer")] = 30,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the result to this file")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="write the result as one page to this file")] = None,
     predictions: Annotated[
         Path | None, typer.Option(help="write Base's answers to this file, those of each recipe beside it")
     ] = None,
@@ -72,7 +73,7 @@ def root(
         raise UsageError(f"Say what to do: {ACTIONS}; they combine.")
     if not 0 < margin <= 1:
         raise UsageError(f"A margin is the share of Base's F1 to be kept, above 0 and up to 1, not {margin:g}.")
-    for file in (json_file, predictions, no_answer_probabilities):
+    for file in (json_file, html, predictions, no_answer_probabilities):
         if file is not None and not file.absolute().parent.is_dir():
             raise BertEvaluationError(f"There is no folder {file.parent} to write {file.name} to.")
     if (predictions or no_answer_probabilities) and not evaluate:
@@ -112,6 +113,10 @@ def root(
         outcome = shown(lambda listener: run(experiment, results, listener, command), quiet, show_changes)
         if json_file is not None:
             _write(json_file, as_json(outcome))
+        if html is not None:
+            from bert_evaluation.cli.report import write_page  # here, since that module imports from this one
+
+            write_page(results, outcome.number, html)
         _write_answers(results, outcome, predictions, no_answer_probabilities)
         if not quiet and not results.is_volatile:
             print(f"Kept as experiment {outcome.number} in {results.file}")
