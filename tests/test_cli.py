@@ -408,6 +408,37 @@ def test_bad_predictions(tmp_path, content, part):
     says(run("score", "built-in", tmp_path / "answers.json"), 1, part)
 
 
+def test_verify_and_diff(folder, tmp_path):
+    recipe = ("--model", folder, "--recipe", "RemoveDropout+MergeLinears")
+    checked = run("verify", *recipe, "--questions", 1, "--json", tmp_path / "verify.json")
+    assert checked.returncode == 0, checked.stderr
+    assert "step 1, RemoveDropout(): 4 of 4 sites; bitwise promise kept on" in checked.stdout
+    assert "step 2, MergeLinears(): 2 of 2 sites; reassociates promise kept on" in checked.stdout
+    assert json.loads((tmp_path / "verify.json").read_text())["verdict"] == "kept"
+    shown = run("diff", *recipe)
+    assert shown.returncode == 0, shown.stderr
+    assert "MergeLinears(): 2 of 2 sites" in shown.stdout
+    assert "\n-    " in shown.stdout
+    assert "\x1b" not in shown.stdout
+    says(run("verify", "--recipe", "Nothing"), 2, "Nothing")
+    says(run("diff", "--recipe", "Nothing"), 2, "Nothing")
+    says(run("verify", *recipe, "--probe", "rubbish"), 2, "rubbish")
+
+
+def test_the_page_of_a_run_is_that_of_the_store(folder, tmp_path):
+    store, page, again = tmp_path / "results.sqlite", tmp_path / "page.html", tmp_path / "again.html"
+    options = ("--recipe", "MergeLinears", "--model", folder, "--samples", 8, "--rounds", 7, "--store", store)
+    done = run("--evaluate", "--infer", "--transform", *options, "--html", page)
+    assert done.returncode == 0, done.stderr
+    assert run("report", 1, "--html", again, "--store", store).returncode == 0
+    assert page.read_bytes() == again.read_bytes()
+    content = page.read_text(encoding="utf-8")
+    assert "Base+MergeLinears" in content
+    assert "query_key_value" in content or "q_lin" in content  # what changed in the graph
+    says(run("report", 2, "--html", again, "--store", store), 1, "no experiment 2")
+    says(run("report", 1, "--html", tmp_path / "no folder" / "x.html", "--store", store), 1, "no folder")
+
+
 def test_debug_shows_the_traceback():
     result = run_apart("--infer", "--model", "./absent", "--debug")
     assert result.returncode == 1

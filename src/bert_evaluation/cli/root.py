@@ -118,6 +118,10 @@ def root(
 
             write_page(results, outcome.number, html)
         _write_answers(results, outcome, predictions, no_answer_probabilities)
+        if not quiet and transform and (infer or evaluate):
+            from bert_evaluation.report.headline import headline
+
+            print(headline(outcome).sentence)
         if not quiet and not results.is_volatile:
             print(f"Kept as experiment {outcome.number} in {results.file}")
 
