@@ -444,3 +444,44 @@ def test_debug_shows_the_traceback():
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert "no checkpoint folder" in result.stderr
+
+
+def test_a_map_is_kept_and_taken_up(folder, tmp_path):
+    asked = ("map", "--model", folder, "--recipe", "RemoveDropout", "--recipe", "LintAndRecompile", "--rounds", 6)
+    asked += ("--batches", "1,2", "--lengths", "4,8", "--threads", "1", "--store", tmp_path / "s.sqlite")
+    first = run(*asked, "--json", tmp_path / "first.json", "--html", tmp_path / "page.html")
+    assert first.returncode == 0, first.stderr
+    assert "of 4 shapes" in first.stdout
+    assert "2×8 on 1 thread" in first.stdout
+    assert "Base+LintAndRecompile: no sites, the graph stays the same; not timed" in first.stdout
+    assert "Regime map" in (tmp_path / "page.html").read_text()
+    cells = [json.loads((tmp_path / "first.json").read_text())["rows"][i]["regime"] for i in (0, 1, 2)]
+    assert cells[0] is cells[2] is None
+    assert [(cell["batch"], cell["length"]) for cell in cells[1]] == [(1, 4), (1, 8), (2, 4), (2, 8)]
+    run(*asked, "--json", tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["rows"][1]["regime"] == cells[1]
+    run(*asked, "--fresh", "--json", tmp_path / "fresh.json")
+    assert json.loads((tmp_path / "fresh.json").read_text())["rows"][1]["regime"] != cells[1]
+
+
+def test_bad_maps(folder):
+    asked = ("map", "--recipe", "RemoveDropout", "--model", folder)
+    says(run(*asked, "--lengths", "4,x"), 2, "'4,x' is no list of numbers")
+    says(run(*asked, "--batches", "0"), 2, "batches of 1 or more, not 0")
+    says(run(*asked, "--lengths", "100000"), 2, "tokens at most, not 100000")
+
+
+def test_steps_are_told_apart(folder, tmp_path):
+    recipe = "LintAndRecompile+RemoveDropout+MergeLinears"
+    asked = ("--infer", "--evaluate", "--transform", "--attribute", "--model", folder, "--recipe", recipe)
+    found = run(*asked, "--rounds", 6, "--samples", 8, "--json", tmp_path / "r.json")
+    assert found.returncode == 0, found.stderr
+    assert "step LintAndRecompile, left out: does nothing" in found.stdout
+    assert "step MergeLinears, alone: " in found.stdout
+    _, row = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [(each["step"], each["way"]) for each in row["effects"]] == [
+        (step, way) for step in ("LintAndRecompile", "RemoveDropout", "MergeLinears") for way in ("left out", "alone")
+    ]
+    assert all((each["throughput_speedup"] is None) == (each["verdict"] == "does nothing") for each in row["effects"])
+    assert row["memory_bytes"]["peak"] > row["memory_bytes"]["weights"] > 0
+    says(run("--transform", "--attribute", "--model", folder), 2, "--infer or --evaluate")

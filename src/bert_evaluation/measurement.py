@@ -78,7 +78,11 @@ class Measurement:
 
         No verdict where the machine makes as much of a difference between the base and itself.
         """
-        return beyond_noise(speedup(self.seconds[self.base], self.seconds[name]), self.noise)
+        return self.ratio(self.base, name)
+
+    def ratio(self, slow: str, fast: str) -> Ratio:
+        """`speedup` of one variant over any other."""
+        return beyond_noise(speedup(self.seconds[slow], self.seconds[fast]), self.noise)
 
     def pays_after(self, name: str) -> float | None:
         """Calls after which what the first call takes longer than Base's is won back; None if it never is."""

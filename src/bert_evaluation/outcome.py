@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from bert_evaluation import builtin
 from bert_evaluation.measurement import PRECISION, TIME_LIMIT
+from bert_evaluation.regime import Grid
 from bert_evaluation.rows import Row, row_as_json
 from bert_evaluation.squad.answers import AnswerRule
 from bert_evaluation.squad.batches import Batching
@@ -26,7 +27,9 @@ MARGIN = 0.99  # of Base's F1, as in MLPerf Inference
 class Experiment:
     """What is to be run. `recipes` are text forms; none given stands for those of the original script.
 
-    `margin` is the share of Base's F1 that a recipe has to keep; `fresh` computes anew what the store has.
+    `margin` is the share of Base's F1 that a recipe has to keep; `attribute` runs each step of a recipe alone, and the
+    recipe without it, too; precision and time limit of a `map` are for each of its shapes; `fresh` computes anew what
+    the store has.
     """
 
     infer: bool = False
@@ -48,6 +51,8 @@ class Experiment:
     batching: Batching = field(default_factory=Batching)
     streams: int | None = None
     margin: float = MARGIN
+    attribute: bool = False
+    map: Grid | None = None
     fresh: bool = False
 
 

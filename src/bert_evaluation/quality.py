@@ -46,6 +46,11 @@ def quality(found: Evaluation, margin: float, base: Evaluation | None = None, wa
     )
 
 
+def f1_difference(found: Evaluation, base: Evaluation, margin: float) -> Difference:
+    """The difference of F1 in percentage points, question by question; of the F1 of `base` a share is to be kept."""
+    return _difference(base.by_question[1], found.by_question[1], margin, wary=False)
+
+
 def _difference(base: Column, variant: Column, margin: float, wary: bool) -> Difference:
     """In percentage points."""
     found = paired_difference(100 * base, 100 * variant, 100 if wary else None)

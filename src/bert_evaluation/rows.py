@@ -4,9 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from bert_evaluation.evaluation import Work
+from bert_evaluation.memory import Memory
 from bert_evaluation.stats import Difference, Interval, Ratio
 from bert_evaluation.transformation import Report
 from bert_evaluation.verification import Verification
+
+Way = Literal["left out", "alone"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,17 @@ class Cell:
 class Effect:
     """What one step of a recipe does to it: the whole recipe against it without the step, or the step alone on Base.
 
-    `speedup` above 1 is what the step gains; `f1_difference` is in percentage points, with - without.
+    A ratio above 1 is what the step gains: `speedup` in the time of one inference, `throughput_speedup` in that of the
+    evaluation's batches. `f1_difference` is in percentage points, with - without. A step that left the graph as it was
+    does nothing; of any other, `attribution.verdict` says what it does.
     """
 
     step: str
-    way: Literal["left out", "alone"]
-    speedup: Ratio | None
-    f1_difference: Difference | None
-    verdict: str
+    way: Way
+    speedup: Ratio | None = None
+    throughput_speedup: Ratio | None = None
+    f1_difference: Difference | None = None
+    verdict: str = "does nothing"
 
 
 @dataclass(frozen=True)
@@ -90,13 +96,15 @@ class Row:
 
     `percentiles` are the 50th, 90th and 99th of one inference's milliseconds; after `pays_after` calls the extra time
     of the first one is won back. `speedup` compares the time of one inference, `throughput_speedup` that of the
-    evaluation's batches. `evaluation` is the key of the evaluation in the store.
+    evaluation's batches. `memory` is that of one batch of 8, as long as windows usually are. `evaluation` is the key of
+    the evaluation in the store.
     """
 
     name: str
     recipe: str
     sites: tuple[Report, ...] = ()
     verification: Verification | None = None
+    memory: Memory | None = None
     unchanged: bool = False
     answer: str | None = None
     latency: Interval | None = None
@@ -143,6 +151,7 @@ def row_as_json(row: Row) -> dict[str, Any]:
         }
         if check
         else None,
+        "memory_bytes": asdict(row.memory) if row.memory else None,
         "answer": row.answer,
         "latency_ms": {
             "median": latency.estimate,
@@ -165,4 +174,6 @@ def row_as_json(row: Row) -> dict[str, Any]:
         if row.work
         else None,
         "throughput_speedup": asdict(row.throughput_speedup) if row.throughput_speedup else None,
+        "regime": [asdict(cell) for cell in row.regime] or None,
+        "effects": [asdict(effect) for effect in row.effects] or None,
     }

@@ -198,6 +198,15 @@ class Store:
             found = self._database.do("SELECT value FROM tuned WHERE key = ?", (key,)).fetchone()
         return int(found[0])
 
+    def measured(self, key: str) -> str | None:
+        """What was kept of a measurement, or None."""
+        found = self._database.do("SELECT value FROM measured WHERE key = ?", (key,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def keep_measured(self, key: str, value: str) -> None:
+        """Keep what was measured, in the place of what was there."""
+        self._database.do("INSERT OR REPLACE INTO measured VALUES (?, ?, ?)", (key, value, _now()))
+
 
 class StoredResults:
     """The results of one evaluation's batches, in a store."""

@@ -191,7 +191,7 @@ def rich():
                 for length in (16, 64, 128, 384)
             ),
             effects=tuple(
-                Effect(step, way, found := ratio(luck.uniform(0.95, 1.3)), difference(0.0, 0.05), found.verdict)
+                Effect(step, way, found := ratio(luck.uniform(0.95, 1.3)), None, difference(0.0, 0.05), found.verdict)
                 for step in steps
                 for way in ("left out", "alone")
             ),
@@ -228,7 +228,7 @@ def hostile():
             answer=attack,
             sites=(Report(attack, (attack,), (Refusal(attack, attack),)),),
             verification=replace(verified(kept=False), failing_probe=attack, first_difference=attack),
-            effects=(Effect(attack, "alone", ratio(1.1), None, attack),),
+            effects=(Effect(attack, "alone", ratio(1.1), None, None, attack),),
             regime=(Cell(1, 16, 1, 1.0, 1.0, ratio(1.1)),),
             graph_changes=(StepChange(attack, f"--- {attack}\n+{attack}\n-{attack}"),),
         )

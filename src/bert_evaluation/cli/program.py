@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from bert_evaluation.cli import diff, history, report, root, score, transformations, verify
+from bert_evaluation.cli import diff, history, regime, report, root, score, transformations, verify
 from bert_evaluation.errors import BertEvaluationError, InterruptedRunError, UsageError
 
 INTERRUPTED = 130
@@ -22,6 +22,7 @@ app.callback(invoke_without_command=True)(root.root)
 app.command("transformations")(transformations.transformations)
 app.command("diff")(diff.diff)
 app.command("verify")(verify.verify)
+app.command("map")(regime.regime)
 app.command("history")(history.history)
 app.command("report")(report.report)
 app.command("score")(score.score)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bert_evaluation.experiment import Listener
     from bert_evaluation.outcome import Outcome
+    from bert_evaluation.stages import Listener
 
 ALL = "in all"
 
@@ -15,8 +15,8 @@ def shown(call: "Callable[[Listener], Outcome]", quiet: bool, show_changes: bool
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from bert_evaluation.experiment import Listener
     from bert_evaluation.report.terminal import stage_lines
+    from bert_evaluation.stages import Listener
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

@@ -36,6 +36,9 @@ def root(
         list[str] | None,
         typer.Option(help='instead of the default ones, e.g. "RemoveDropout+MergeLinears"; repeatable'),
     ] = None,
+    attribute: Annotated[
+        bool, typer.Option("--attribute", help="also run each step of a recipe alone, and the recipe without it")
+    ] = False,
     margin: Annotated[float, typer.Option(help="share of Base's F1 that a recipe has to keep; strict: 0.999")] = 0.99,
     show_changes: Annotated[bool, typer.Option("--show-changes", help="list the answers that changed")] = False,
     batch_tokens: Annotated[int | None, typer.Option(help="tokens evaluated at once [default: measured]")] = None,
@@ -76,6 +79,8 @@ def root(
     for file in (json_file, html, predictions, no_answer_probabilities):
         if file is not None and not file.absolute().parent.is_dir():
             raise BertEvaluationError(f"There is no folder {file.parent} to write {file.name} to.")
+    if attribute and not (transform and (infer or evaluate)):
+        raise UsageError("Steps are told apart by --transform with --infer or --evaluate; add those to --attribute.")
     if (predictions or no_answer_probabilities) and not evaluate:
         raise UsageError("There are answers to write only with --evaluate.")
 
@@ -106,6 +111,7 @@ def root(
         batching=Batching(batch_tokens, batch_size),
         streams=streams,
         margin=margin,
+        attribute=attribute,
         fresh=fresh,
     )
     command = shlex.join(["bert-evaluation", *sys.argv[1:]])

@@ -17,13 +17,23 @@ from markupsafe import Markup
 from bert_evaluation.outcome import Outcome, load
 from bert_evaluation.report import listings, plots, writing
 from bert_evaluation.report.headline import MEASURED, Measure, decimals, headline, measure, speed
-from bert_evaluation.rows import Cell, Row
+from bert_evaluation.report.terminal import tally
+from bert_evaluation.rows import Row
 from bert_evaluation.stats import Ratio
 from bert_evaluation.store import Entry
 from bert_evaluation.transformation import Report
 
 HERE = Path(__file__).parent
-TONES = {"faster": "good", "kept": "good", "not worse": "good", "slower": "bad", "broken": "bad", "worse": "bad"}
+TONES = {
+    "faster": "good",
+    "kept": "good",
+    "not worse": "good",
+    "slower": "bad",
+    "broken": "bad",
+    "worse": "bad",
+    "helps": "good",
+    "harms": "bad",
+}
 
 Times = Mapping[str, Sequence[float]]
 
@@ -96,7 +106,10 @@ def page(entry: Entry, times: Times, batch_times: Times) -> str:
             regimes=parts["regime"],
             effects=parts["attribution"],
             effect_axis=plots.ratio_axis(
-                effect.speedup for row in outcome.rows for effect in row.effects if effect.speedup
+                found
+                for row in outcome.rows
+                for effect in row.effects
+                if (found := effect.throughput_speedup or effect.speedup)
             ),
             asked=asked,
             evaluated=evaluated,
@@ -292,7 +305,7 @@ def _environment(outcome: Outcome) -> Environment:
         "signed": writing.signed,
         "sortable": writing.sortable,
         "span": plots.span,
-        "tally": _tally,
+        "tally": tally,
         "tone": lambda verdict: TONES.get(verdict, "open"),
     }
     return environment
@@ -309,9 +322,3 @@ def _digest(text: str) -> str:
 
 def _applied(reports: Iterable[Report]) -> int:
     return sum(len(report.applied) for report in reports)
-
-
-def _tally(cells: Sequence[Cell]) -> str:
-    verdicts = [cell.speedup.verdict for cell in cells]
-    first, others = _counted(verdicts, "faster", "slower", "cannot tell")
-    return f"{first}, {others} of {len(cells)} shapes"

@@ -1,9 +1,9 @@
 """Rows as lines of text, in the original script's form followed by what it lacked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from bert_evaluation.outcome import Outcome
-from bert_evaluation.rows import Quality, Row
+from bert_evaluation.rows import Cell, Quality, Row
 from bert_evaluation.stats import Ratio
 from bert_evaluation.store import Entry
 
@@ -46,6 +46,8 @@ def infer_lines(outcome: Outcome) -> Iterator[str]:
             " difference below this is none"
         )
     yield from outcome.remarks
+    if not outcome.experiment.evaluate:
+        yield from effect_lines(outcome)
 
 
 def evaluate_lines(outcome: Outcome) -> Iterator[str]:
@@ -66,6 +68,7 @@ def evaluate_lines(outcome: Outcome) -> Iterator[str]:
         yield f"{line}; {row.quality.changed_answers} answers changed; {held(row.quality)}; {speed(row)}"
         if row.alarm:
             yield f"  ALARM: {row.alarm}"
+    yield from effect_lines(outcome)
 
 
 def _base_lines(row: Row, quality: Quality) -> Iterator[str]:
@@ -83,6 +86,37 @@ def _base_lines(row: Row, quality: Quality) -> Iterator[str]:
         )
 
 
+def effect_lines(outcome: Outcome) -> Iterator[str]:
+    """What each step of a composed recipe does to it."""
+    for row in outcome.rows:
+        for effect in row.effects:
+            line = f"{row.name}, step {effect.step}, {effect.way}: {effect.verdict}"
+            if (found := effect.throughput_speedup or effect.speedup) is not None:
+                line += f"; {found.estimate:.3f} times as fast with it ({found.low:.3f} to {found.high:.3f})"
+            if (change := effect.f1_difference) is not None:
+                line += f"; F1 {change.estimate:+.2f} ({change.low:+.2f} to {change.high:+.2f})"
+            yield line
+
+
+def map_lines(outcome: Outcome) -> Iterator[str]:
+    """Where each recipe pays and where it costs, shape by shape."""
+    for row in outcome.rows[1:]:
+        if not row.regime:
+            yield f"{row.name}: {sites(row)}; not timed"
+            continue
+        yield f"{row.name}: {tally(row.regime)}"
+        for cell in row.regime:
+            threads = f"{cell.threads} {'thread' if cell.threads == 1 else 'threads'}"
+            yield f"  {cell.batch}×{cell.length} on {threads}: {cell.row_ms:.2f} ms, {ratio(cell.speedup)}"
+
+
+def tally(cells: Sequence[Cell]) -> str:
+    """At how many shapes a recipe is faster, slower, or neither for sure."""
+    verdicts = [cell.speedup.verdict for cell in cells]
+    counted = ", ".join(f"{verdicts.count(each)} {each}" for each in ("faster", "slower", "cannot tell"))
+    return f"{counted} of {len(cells)} shapes"
+
+
 def change_lines(outcome: Outcome) -> Iterator[str]:
     """The answers that each recipe changed, before and after."""
     for row in outcome.rows:
@@ -94,8 +128,8 @@ def change_lines(outcome: Outcome) -> Iterator[str]:
             )
 
 
-LINES = {"transform": transform_lines, "infer": infer_lines, "evaluate": evaluate_lines}
-TITLES = {"transform": "Transformations", "infer": "Inference", "evaluate": "Evaluation"}
+LINES = {"transform": transform_lines, "infer": infer_lines, "map": map_lines, "evaluate": evaluate_lines}
+TITLES = {"transform": "Transformations", "infer": "Inference", "map": "Regime map", "evaluate": "Evaluation"}
 
 
 def stages(outcome: Outcome) -> list[str]:
