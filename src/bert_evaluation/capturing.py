@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bert_evaluation import onednn
 from bert_evaluation.errors import CaptureError
 from bert_evaluation.graph import GraphModule
 
@@ -41,8 +42,10 @@ def capture(
 def save(graph: GraphModule, file: str | Path) -> None:
     """Write a graph, transformed or not, as an archive of `torch.export` (`.pt2`): operators, parameters, shapes.
 
-    Its history does not travel: what was transformed before cannot be undone after. Raises CaptureError.
+    Its history does not travel: what was transformed before cannot be undone after. What is fused and packed for a
+    processor is written in plain operators, for any. Raises CaptureError.
     """
+    graph = onednn.expand(graph)
     with torch.no_grad():
         torch.export.save(_export(graph, example_inputs(graph), dynamic_dimensions(graph)), file)
 

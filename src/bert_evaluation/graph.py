@@ -127,7 +127,8 @@ def _describe_target(node: Node, graph: nn.Module) -> str:
             attribute = getattr(attribute, part)
         if isinstance(attribute, GraphModule):
             return f"graph {graph_hash(attribute)}"
-        return f"{target} {attribute.dtype} {tuple(attribute.shape)}"
+        layout = "" if attribute.layout is torch.strided else f" {attribute.layout}"
+        return f"{target} {attribute.dtype} {tuple(attribute.shape)}{layout}"
     if isinstance(target, (types.FunctionType, types.BuiltinFunctionType)):
         return f"{target.__module__}.{target.__qualname__}"
     return str(target)
@@ -160,7 +161,8 @@ def constants_hash(graph: GraphModule) -> str:
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        plain = tensor.to_dense() if tensor.is_mkldnn else tensor
+        bits = plain.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(bits.tobytes())
     return digest.hexdigest()

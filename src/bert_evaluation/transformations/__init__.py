@@ -6,6 +6,7 @@ from bert_evaluation.transformations.arithmetic import ChangeTrueDivToMulByInver
 from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, FuseBatchNorm2dInConv2d
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
+from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
 
 REGISTRY: tuple[type[Transformation], ...] = (
     LintAndRecompile,
@@ -16,6 +17,9 @@ REGISTRY: tuple[type[Transformation], ...] = (
     RemoveDropout,
     FuseBatchNorm1dInLinear,
     FuseBatchNorm2dInConv2d,
+    FuseLinearActivation,
+    FuseResidual,
+    PackLinears,
 )
 
 ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMulByInverse, RemoveDropout)
@@ -34,8 +38,11 @@ __all__ = [
     "FuseBatchNorm1dInLinear",
     "FuseBatchNorm2dInConv2d",
     "FuseBiasInLinear",
+    "FuseLinearActivation",
+    "FuseResidual",
     "LintAndRecompile",
     "MergeLinears",
+    "PackLinears",
     "Recipe",
     "RemoveDropout",
     "ReversibleTransformation",

@@ -1,0 +1,190 @@
+"""Linears that do more at once, with weights stored as the processor reads them. For CPUs, on oneDNN's operators."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from bert_evaluation import graph as graphs
+from bert_evaluation import onednn
+from bert_evaluation.graph import GraphModule, Node
+from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
+from bert_evaluation.transformations.activations import activation_at
+from bert_evaluation.transformations.linear import free_name, stem, tensor_of, weight_and_bias, written_between
+
+aten = torch.ops.aten
+
+
+class FuseLinearActivation(ReversibleTransformation):
+    """A linear and the function of each element that alone reads it become one operator.
+
+        y = linear(x, W, b)          becomes          z = linear_pointwise(x, W, b, "gelu")
+        z = gelu(y)
+
+    GELU is known in all the forms that models write it in: the operator, exact or with tanh, and either spelt out.
+    Others: relu, tanh, sigmoid, silu.
+    """
+
+    promise = Reassociates()
+
+    def sites(self, graph: GraphModule) -> Iterable[Site]:
+        """Every activation."""
+        found = [each for node in graph.graph.nodes if (each := activation_at(node)) is not None]
+        inner = {node for each in found for node in each.nodes[:-1]}
+        return [Site(each.nodes[-1], each.nodes) for each in found if each.nodes[-1] not in inner]
+
+    def why_not(self, site: Site) -> str | None:
+        """Refuse an activation of what is no linear, or of one that others read too."""
+        found = activation_at(site.node)
+        assert found is not None
+        for node in found.nodes[:-1]:
+            if outside := next((user for user in node.users if user not in found.nodes), None):
+                return f"{node.name}, a part of it, is also read by {outside.name}."
+        return _why_not_fused(found.source, found.nodes)
+
+    def rewrite(self, graph: GraphModule, site: Site) -> None:
+        """Let the linear end with the activation."""
+        found = activation_at(site.node)
+        assert found is not None
+        linear, activation = found.source, found.activation
+        weight, bias = weight_and_bias(linear)
+        arguments: tuple[object, ...] = (linear.args[0], weight, bias, activation.name, [], activation.variant)
+        _replace(graph, site.node, (*reversed(found.nodes[:-1]), linear), onednn.POINTWISE, arguments)
+
+
+class FuseResidual(ReversibleTransformation):
+    """A linear and the addition of another tensor that alone reads it become one operator.
+
+    y = linear(x, W, b)          becomes          z = linear_pointwise(x, r, W, b, "add")
+    z = y + r
+    """
+
+    promise = Reassociates()
+
+    def sites(self, graph: GraphModule) -> Iterable[Site]:
+        """Every addition of two tensors one of which a linear, or a dropout of one, makes."""
+        return [
+            Site(node)
+            for node in graphs.calls(graph, aten.add.Tensor)
+            if any(_made_by_linear(each) for each in node.all_input_nodes)
+        ]
+
+    def why_not(self, site: Site) -> str | None:
+        """Refuse a sum with a factor, of different shapes, or of a linear that others read too."""
+        node = site.node
+        if node.kwargs.get("alpha", 1) != 1 or len(node.all_input_nodes) != 2:
+            return f"{node.name} adds no other tensor as it is."
+        one, other = node.all_input_nodes
+        shapes = {_shape(each) for each in (one, other, node)}
+        if None in shapes or len(shapes) > 1:
+            return f"{one.name} and {other.name} differ in shape or type; one is repeated to be added."
+        reasons = [_why_not_fused(each, (node,)) for each in (one, other) if _made_by_linear(each)]
+        return None if None in reasons else reasons[0]
+
+    def rewrite(self, graph: GraphModule, site: Site) -> None:
+        """Let the linear end with the addition."""
+        node = site.node
+        one, other = node.all_input_nodes
+        if not (_made_by_linear(other) and _why_not_fused(other, (node,)) is None):
+            one, other = other, one
+        weight, bias = weight_and_bias(other)
+        _replace(graph, node, (other,), onednn.BINARY, (other.args[0], one, weight, bias, "add"))
+
+
+class PackLinears(ReversibleTransformation):
+    """The weights of linears are stored in the order in which the processor's kernels read them.
+
+        y = linear(x, W, b)          becomes          y = linear_pointwise(x, packed W, b, "none")
+
+    The packed weight takes the place of the plain one, and as much memory. A site is one weight, wherever applied.
+    It holds for the processor that packed it, so a graph is saved before this step.
+    """
+
+    promise = Reassociates()
+
+    def sites(self, graph: GraphModule) -> Iterable[Site]:
+        """Every linear, those that share their weight together."""
+        sites: dict[object, list[Node]] = {}
+        for node in graph.graph.nodes:
+            if onednn.is_linear(node):
+                weight = onednn.weight_of(node)
+                sites.setdefault(weight.target if weight.op == "get_attr" else weight, []).append(node)
+        return [Site(linears[0], tuple(linears)) for linears in sites.values()]
+
+    def why_not(self, site: Site) -> str | None:
+        """Refuse a weight that the graph computes, that others read too, or that oneDNN has no kernel for."""
+        weight = onednn.weight_of(site.node)
+        if weight.op != "get_attr":
+            return f"{site.node.name} reads {weight.name}, which the graph computes: it is no stored parameter."
+        if reader := next((user for user in _readers(weight) if user not in site.nodes), None):
+            return f"{weight.target} is also read by {reader.name}, which would keep the old copy."
+        tensor = tensor_of(weight)
+        return "It is packed already." if tensor.is_mkldnn else onednn.why_not(tensor)
+
+    def rewrite(self, graph: GraphModule, site: Site) -> tuple[str, str, bool, bool]:
+        """Pack the weight, and let every linear read it."""
+        weight = onednn.weight_of(site.node)
+        tensor, name = tensor_of(weight), free_name(graph, stem(weight) + "_packed", "weight")
+        graphs.set_tensor(graph, name, onednn.pack(tensor))
+        for linear in site.nodes:
+            with graph.graph.inserting_before(linear):
+                packed = graph.graph.get_attr(name)
+            if linear.target is aten.linear.default:
+                x, bias = linear.args[0], weight_and_bias(linear)[1]
+                _replace(graph, linear, (), onednn.POINTWISE, (x, packed, bias, "none", [], ""))
+            else:
+                linear.replace_input_with(onednn.weight_of(linear), packed)
+        return str(weight.target), name, isinstance(tensor, torch.nn.Parameter), tensor.requires_grad
+
+    def undo(self, graph: GraphModule, memo: tuple[str, str, bool, bool]) -> None:
+        """Bring the weight back into its own order."""
+        plain, name, is_parameter, trained = memo
+        packed = graphs.get_tensor(graph, name)
+        assert packed is not None
+        tensor = onednn.unpack(packed)
+        graphs.set_tensor(graph, plain, torch.nn.Parameter(tensor, requires_grad=trained) if is_parameter else tensor)
+
+
+def _why_not_fused(linear: Node, readers: Sequence[Node]) -> str | None:
+    """Why a linear cannot end with what `readers`, first to last, make of it."""
+    if linear.target is not aten.linear.default:
+        return f"{linear.name} is no plain linear, but {linear.target}."
+    if outside := next((user for user in linear.users if user not in readers), None):
+        return f"{linear.name} is also read by {outside.name}."
+    weight = weight_and_bias(linear)[0]
+    if weight.op != "get_attr":
+        return f"{linear.name} reads {weight.name}, which the graph computes: it is no stored parameter."
+    if writer := written_between(linear, readers[-1]):
+        return f"{writer.name} writes in place between them."
+    return onednn.why_not(tensor_of(weight))
+
+
+def _made_by_linear(node: Node) -> bool:
+    return node.target is aten.linear.default or (
+        node.target is aten.dropout.default and isinstance(node.args[0], Node) and _made_by_linear(node.args[0])
+    )
+
+
+def _readers(weight: Node) -> list[Node]:
+    """Every node that reads the stored tensor which this one names."""
+    named = [node for node in weight.graph.nodes if node.op == "get_attr" and node.target == weight.target]
+    return [user for node in named for user in node.users]
+
+
+def _shape(node: Node) -> tuple[object, ...] | None:
+    value = node.meta.get("val")
+    return (value.dtype, *map(str, value.shape)) if isinstance(value, Tensor) else None
+
+
+def _replace(
+    graph: GraphModule, node: Node, inner: Iterable[Node], target: object, arguments: tuple[object, ...]
+) -> None:
+    """Put an operator in the place of `node`, with its shape, and remove the nodes that it stands for, last first."""
+    with graph.graph.inserting_before(node):
+        fused = graph.graph.call_function(target, arguments)  # type: ignore[arg-type]
+    if "val" in node.meta:
+        fused.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(fused)
+    for each in (node, *inner):
+        if not each.users:
+            graph.graph.erase_node(each)
