@@ -11,7 +11,7 @@ from bert_evaluation import graph as graphs
 from bert_evaluation.answering import Reader, answer, model_inputs
 from bert_evaluation.capturing import capture
 from bert_evaluation.checkpoints import load, load_dataset, tokenizer_hash
-from bert_evaluation.device import choose_device, machine
+from bert_evaluation.device import DECISIVE, choose_device, machine
 from bert_evaluation.errors import InterruptedRunError
 from bert_evaluation.evaluation import CHUNK, Evaluation, evaluate_together, measured
 from bert_evaluation.graph import GraphModule
@@ -20,7 +20,7 @@ from bert_evaluation.measurement import Measurement, measure
 from bert_evaluation.outcome import Experiment, Outcome, dump
 from bert_evaluation.quality import alarm, quality
 from bert_evaluation.recipe import Recipe, compose, parse_recipe
-from bert_evaluation.rows import Row, StepChange
+from bert_evaluation.rows import BASE, Row, StepChange
 from bert_evaluation.squad.batches import Batching, tensors
 from bert_evaluation.squad.dataset import Dataset, Example, sample
 from bert_evaluation.squad.windows import longest, question_first, windows
@@ -29,10 +29,6 @@ from bert_evaluation.streams import default_streams
 from bert_evaluation.transformation import Approximates
 from bert_evaluation.transformations import REGISTRY, original_recipes
 from bert_evaluation.verification import check, observe
-
-BASE = "Base"
-# What of the machine decides the bits and the speed of an answer.
-DECISIVE = ("processor", "device", "device_name", "threads", "torch", "transformers", "bert_evaluation")
 
 
 @dataclass(frozen=True)

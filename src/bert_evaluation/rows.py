@@ -8,6 +8,8 @@ from bert_evaluation.stats import Difference, Interval, Ratio
 from bert_evaluation.transformation import Report
 from bert_evaluation.verification import Verification
 
+BASE = "Base"  # the row that recipes are compared with: the model as it was captured
+
 
 @dataclass(frozen=True)
 class Change:

@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from bert_evaluation.cli import diff, history, report, root, score, transformations, verify
+from bert_evaluation.cli import check, compare, diff, history, report, root, score, transformations, verify
 from bert_evaluation.errors import BertEvaluationError, InterruptedRunError, UsageError
 
 INTERRUPTED = 130
@@ -23,6 +23,8 @@ app.command("transformations")(transformations.transformations)
 app.command("diff")(diff.diff)
 app.command("verify")(verify.verify)
 app.command("history")(history.history)
+app.command("compare")(compare.compare)
+app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("score")(score.score)
 
