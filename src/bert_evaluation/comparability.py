@@ -48,13 +48,18 @@ def _obstacles(one: Stored, other: Stored) -> Iterator[Obstacle]:
         yield Obstacle("versions", _differ("versions", said, one, other))
 
 
-def other_settings(one: Stored, other: Stored) -> str | None:
-    """What was set otherwise, which does not keep them from being compared, but may be why."""
+def notes(one: Stored, other: Stored) -> tuple[str, ...]:
+    """What does not keep them from being compared, but may be why they differ."""
+    return tuple(_notes(one, other))
+
+
+def _notes(one: Stored, other: Stored) -> Iterator[str]:
+    for each in (one, other):
+        if each.state != "finished":
+            yield f"{each.name} is not finished, but {each.state}; what it has is compared"
     settings = [_settings(one), _settings(other)]
-    if not all(settings):
-        return None
-    said = _unequal(sorted(settings[0].keys() | settings[1].keys()), *settings)
-    return _differ("settings", said, one, other) if said else None
+    if all(settings) and (said := _unequal(sorted(settings[0].keys() | settings[1].keys()), *settings)):
+        yield _differ("settings", said, one, other)
 
 
 def same_batches(one: StoredEvaluation, other: StoredEvaluation) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from bert_evaluation.comparability import Obstacle, obstacles, other_settings, same_batches
+from bert_evaluation.comparability import Obstacle, notes, obstacles, same_batches
 from bert_evaluation.quality import difference
 from bert_evaluation.rows import BASE, Row
 from bert_evaluation.squad.scores import Column, Judged
@@ -98,7 +98,7 @@ class Comparison:
     before: str
     after: str
     obstacles: tuple[Obstacle, ...]
-    settings: str | None
+    notes: tuple[str, ...]
     base: Pair | None
     pairs: tuple[Pair, ...]
     only_before: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ def compare(one: Stored, other: Stored, margin: float, rows: tuple[str, str] | N
         one.name,
         other.name,
         found.obstacles,
-        other_settings(one, other),
+        notes(one, other),
         found.pair(before[BASE], after[BASE]) if has_base else None,
         tuple(found.pair(before[first], after[second]) for first, second in shared),
         () if rows else tuple(name for name in before if name not in after),
@@ -169,10 +169,10 @@ class _Experiments:
             return missing
         if self._are_one_graph(before, after):
             return Absent("same", "the graph is Base's in both")
+        if self.one.file == self.other.file and before.evaluation == after.evaluation:
+            return Absent("same", "one stored evaluation stands for both: graph, questions, settings and machine agree")
         if found is None or new is None or not found.batches or not new.batches:
             return Absent("other", "the times of its batches are not in the store any more")
-        if self.one.file == self.other.file and found.key.key == new.key.key:
-            return Absent("same", "one stored evaluation stands for both: graph, questions, settings and machine agree")
         if self.is_one:
             pairs = _side_by_side(found, new).values()
             if not pairs:

@@ -13,7 +13,7 @@ from bert_evaluation.report.comparing import explained, marks, regression_lines,
 from bert_evaluation.report.writing import clean
 
 # All but letters, digits, blanks and harmless punctuation; a point before a letter could begin an address.
-SIGNS = re.compile(r"[^\w .,;()%+-]|_|\.(?=[^\W\d])|^\W")
+SIGNS = re.compile(r"[^\w .,;()%+-]|_|\.(?=[^\W\d])|^[\W\d]")
 
 
 def junit(regression: Regression) -> str:

@@ -87,8 +87,7 @@ def _remarks(comparison: Comparison) -> Iterator[str]:
     """What a reader has to know of all lines that follow."""
     for each in comparison.obstacles:
         yield f"Not comparable, but forced: {each.sentence}"
-    if comparison.settings:
-        yield f"Note: {comparison.settings}"
+    yield from (f"Note: {each}" for each in comparison.notes)
     if (base := comparison.base) is not None:
         yield from (f"Base itself, {line}" for line in _base(base))
 
