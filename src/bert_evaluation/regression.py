@@ -101,7 +101,8 @@ def _absent(row: str, measure: Measure, absent: Absent) -> Iterator[Check]:
 
 def _speed(row: str, measure: Measure, speed: Speed, least: float) -> Check:
     """Surely as fast as asked for, surely not, or neither; what a slower machine may have done is no failure."""
-    found, verdict = speed.judged, "cannot tell"
+    found = speed.judged
+    verdict: Verdict = "cannot tell"
     reason = "in units of Base's time in each" if speed.relative else "by the clock"
     if speed.samples < ENOUGH:
         reason += f", from {speed.samples} {'sample' if speed.samples == 1 else 'samples'} only"
@@ -111,7 +112,7 @@ def _speed(row: str, measure: Measure, speed: Speed, least: float) -> Check:
         verdict = "fail"
     elif found.high < least:
         reason += ", which a slower machine would explain: there is no Base to take it out"
-    return Check(row, measure, verdict, reason, found, least)  # type: ignore[arg-type]
+    return Check(row, measure, verdict, reason, found, least)
 
 
 def _f1(row: str, quality: PairedQuality) -> Check:

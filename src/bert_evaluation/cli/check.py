@@ -20,7 +20,7 @@ CODES = {"pass": 0, "fail": 1, "cannot tell": 3}
 def check(
     baseline: Annotated[int, typer.Argument(metavar="BASELINE", help="the experiment to hold to")],
     current: Annotated[
-        int | None, typer.Argument(metavar="[CURRENT]", help="the experiment to check [default: the latest finished]")
+        int | None, typer.Argument(metavar="CURRENT", help="the experiment to check [default: the latest finished]")
     ] = None,
     max_slowdown: Annotated[str, typer.Option(help="how much slower a row may be: 3% or 0.03")] = "3%",
     min_f1_ratio: Annotated[str, typer.Option(help="share of the baseline's F1 that a row has to keep")] = "0.99",
