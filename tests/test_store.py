@@ -206,3 +206,11 @@ def test_two_processes_write_at_once(file):
     with Store(file, readonly=True) as results:
         assert len(list(results.experiments())) == 2
         assert results._database.do("SELECT count(*) FROM batches").fetchone()[0] == 401
+
+
+def test_what_an_evaluation_is_known_by_and_when_its_batches_ran():
+    with Store(":memory:") as results:
+        results.results(KEY).put(3, RESULT)
+        assert results.evaluation(KEY.key) == KEY
+        assert results.evaluation("other") is None
+        assert results.batch_times(KEY.key) == {3: (7, 0.25)}

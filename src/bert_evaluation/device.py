@@ -13,6 +13,10 @@ import torch
 from bert_evaluation.errors import BertEvaluationError, UsageError
 
 KINDS = ("cuda", "mps", "cpu")  # best first
+# What of the machine decides the bits and the speed of an answer: hardware, and software.
+HARDWARE = ("processor", "device", "device_name", "threads")
+VERSIONS = ("torch", "transformers", "bert_evaluation")
+DECISIVE = HARDWARE + VERSIONS
 
 
 def is_present(kind: str) -> bool:

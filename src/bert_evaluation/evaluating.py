@@ -7,14 +7,15 @@ from typing import Any
 from bert_evaluation import graph as graphs
 from bert_evaluation.answering import Reader
 from bert_evaluation.checkpoints import tokenizer_hash
+from bert_evaluation.device import DECISIVE
 from bert_evaluation.evaluation import CHUNK, Evaluation, evaluate_together, measured
 from bert_evaluation.graph import GraphModule
 from bert_evaluation.quality import alarm, f1_difference, quality
-from bert_evaluation.rows import Row
+from bert_evaluation.rows import BASE, Row
 from bert_evaluation.squad.batches import Batching
 from bert_evaluation.squad.dataset import Dataset
 from bert_evaluation.squad.windows import longest
-from bert_evaluation.stages import BASE, DECISIVE, Run, Variants
+from bert_evaluation.stages import Run, Variants
 from bert_evaluation.stats import Difference, Ratio
 from bert_evaluation.store import AnswerRecord, EvaluationKey
 from bert_evaluation.streams import default_streams

@@ -38,8 +38,8 @@ def quality(found: Evaluation, margin: float, base: Evaluation | None = None, wa
     changes = tuple(_changes(found, base))
     return replace(
         alone,
-        f1_difference=_difference(base_f1, f1, margin, wary),
-        exact_difference=_difference(base_exact, exact, margin, wary),
+        f1_difference=difference(base_f1, f1, margin, wary),
+        exact_difference=difference(base_exact, exact, margin, wary),
         mcnemar_p=mcnemar(base_exact, exact),
         changed_answers=len(changes),
         changes=changes,
@@ -48,11 +48,11 @@ def quality(found: Evaluation, margin: float, base: Evaluation | None = None, wa
 
 def f1_difference(found: Evaluation, base: Evaluation, margin: float) -> Difference:
     """The difference of F1 in percentage points, question by question; of the F1 of `base` a share is to be kept."""
-    return _difference(base.by_question[1], found.by_question[1], margin, wary=False)
+    return difference(base.by_question[1], found.by_question[1], margin, wary=False)
 
 
-def _difference(base: Column, variant: Column, margin: float, wary: bool) -> Difference:
-    """In percentage points."""
+def difference(base: Column, variant: Column, margin: float, wary: bool) -> Difference:
+    """The difference of two columns of scores (0 to 1), in percentage points, against the loss that `margin` allows."""
     found = paired_difference(100 * base, 100 * variant, 100 if wary else None)
     return against_margin(found, (1 - margin) * 100 * float(base.mean()))
 

@@ -9,6 +9,7 @@ from bert_evaluation.stats import Difference, Interval, Ratio
 from bert_evaluation.transformation import Report
 from bert_evaluation.verification import Verification
 
+BASE = "Base"  # the row that recipes are compared with: the model as it was captured
 Way = Literal["left out", "alone"]
 
 

@@ -14,6 +14,7 @@ from bert_evaluation import attribution
 from bert_evaluation import graph as graphs
 from bert_evaluation.answering import answer, model_inputs
 from bert_evaluation.capturing import capture, longest_input, text_inputs
+from bert_evaluation.device import DECISIVE
 from bert_evaluation.graph import GraphModule
 from bert_evaluation.listing import step_diffs
 from bert_evaluation.measurement import Measurement, Plan, measure
@@ -21,16 +22,13 @@ from bert_evaluation.memory import memory
 from bert_evaluation.outcome import Experiment, Outcome
 from bert_evaluation.recipe import Recipe, compose
 from bert_evaluation.regime import Cells, Shape, regime
-from bert_evaluation.rows import Row, StepChange
+from bert_evaluation.rows import BASE, Row, StepChange
 from bert_evaluation.squad.batches import tensors
 from bert_evaluation.squad.dataset import Example
 from bert_evaluation.squad.windows import question_first, windows
 from bert_evaluation.store import Store
 from bert_evaluation.verification import check, observe
 
-BASE = "Base"
-# What of the machine decides the bits and the speed of an answer.
-DECISIVE = ("processor", "device", "device_name", "threads", "torch", "transformers", "bert_evaluation")
 MEMORY_SHAPE = (8, 384)  # batch and length at which a row's memory is counted, or what the model reads at most
 _CELLS: TypeAdapter[Cells] = TypeAdapter(Cells)
 

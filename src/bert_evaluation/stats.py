@@ -14,6 +14,7 @@ RESAMPLES = 2000
 # The percentile bootstrap of a median of some forty samples covers it less often than its quantiles say; these cover it
 # in at least 95 % of simulated runs.
 QUANTILES = (0.01, 0.99)
+ENOUGH = 6  # below that, even samples that all agree happen by chance in more than 5 % of runs
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,30 @@ def speedup(base: Sequence[float], variant: Sequence[float], seed: int = 0) -> R
     if len(base) != len(variant) or len(base) == 0:
         raise ValueError(f"{len(base)} and {len(variant)} samples are no pairs")
     ratios = np.asarray(base, dtype=np.float64) / np.asarray(variant, dtype=np.float64)
-    interval = median([float(ratio) for ratio in ratios], seed)
-    enough = len(ratios) >= 6  # below that, even samples that all agree happen by chance in more than 5 % of runs
+    return _against_1(median([float(ratio) for ratio in ratios], seed), len(ratios))
+
+
+def unpaired_speedup(base: Sequence[float], variant: Sequence[float], seed: int = 0) -> Ratio:
+    """The ratio of medians base / variant of two independent samples, with its bootstrap interval and what it says.
+
+    The interval covers what varies within the samples. What changed for all of one sample, such as a slower machine, is
+    in the ratio. Raises ValueError if one of them is empty.
+    """
+    if not base or not variant:
+        raise ValueError(f"{len(base)} and {len(variant)} samples have no ratio")
+    random = np.random.default_rng(seed)
+    samples = [np.asarray(each, dtype=np.float64) for each in (base, variant)]
+    drawn = [np.median(each[random.integers(len(each), size=(RESAMPLES, len(each)))], axis=1) for each in samples]
+    low, high = np.quantile(drawn[0] / drawn[1], QUANTILES)
+    estimate = float(np.median(samples[0]) / np.median(samples[1]))
+    return _against_1(Interval(estimate, float(low), float(high)), min(map(len, samples)))
+
+
+def _against_1(interval: Interval, samples: int) -> Ratio:
     verdict: TimeVerdict = "cannot tell"
-    if enough and interval.low > 1:
+    if samples >= ENOUGH and interval.low > 1:
         verdict = "faster"
-    elif enough and interval.high < 1:
+    elif samples >= ENOUGH and interval.high < 1:
         verdict = "slower"
     return Ratio(interval.estimate, interval.low, interval.high, verdict)
 

@@ -158,6 +158,21 @@ class Store:
         found = self._database.do("SELECT seconds FROM batches WHERE evaluation = ? ORDER BY number", (key,))
         return [seconds for (seconds,) in found]
 
+    def batch_times(self, key: str) -> dict[int, tuple[int, float]]:
+        """The session and the raw time (seconds) of an evaluation's batches, by number."""
+        found = self._database.do("SELECT number, session, seconds FROM batches WHERE evaluation = ?", (key,))
+        return {number: (session, seconds) for number, session, seconds in found}
+
+    def evaluation(self, key: str) -> EvaluationKey | None:
+        """What an evaluation is known by, or None if the store has no such."""
+        found = self._database.do(
+            "SELECT graph_hash, weights_hash, data_hash, settings FROM evaluations WHERE key = ?", (key,)
+        ).fetchone()
+        if found is None:
+            return None
+        graph_hash, weights_hash, data_hash, settings = found
+        return EvaluationKey(graph_hash, weights_hash, data_hash, json.loads(settings))
+
     def results(self, evaluation: EvaluationKey, fresh: bool = False) -> "StoredResults":
         """The results of an evaluation's batches, kept as they come; `fresh` forgets those that there are."""
         key, parts = evaluation.key, evaluation

@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from bert_evaluation.cli import diff, history, regime, report, root, score, transformations, verify
+from bert_evaluation.cli import check, compare, diff, history, regime, report, root, score, transformations, verify
 from bert_evaluation.errors import BertEvaluationError, InterruptedRunError, UsageError
 
 INTERRUPTED = 130
@@ -24,6 +24,8 @@ app.command("diff")(diff.diff)
 app.command("verify")(verify.verify)
 app.command("map")(regime.regime)
 app.command("history")(history.history)
+app.command("compare")(compare.compare)
+app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("score")(score.score)
 

@@ -1,6 +1,5 @@
 """`bert-evaluation map`: at which shapes of input a recipe pays."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from bert_evaluation.cli.files import require_folders, write_json
 from bert_evaluation.cli.progress import shown
 from bert_evaluation.cli.root import StoreOption
-from bert_evaluation.errors import BertEvaluationError, UsageError
+from bert_evaluation.errors import UsageError
 
 
 def regime(
@@ -30,9 +30,7 @@ def regime(
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
 ) -> None:
     """Time recipes over batch size × length × threads, and show where each pays and where it costs."""
-    for file in (json_file, html):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise BertEvaluationError(f"There is no folder {file.parent} to write {file.name} to.")
+    require_folders(json_file, html)
     shapes = {"batches": _numbers(batches), "lengths": _numbers(lengths)}
     chosen = None if threads is None else _numbers(threads)
 
@@ -59,7 +57,7 @@ def regime(
         command = shlex.join(["bert-evaluation", *sys.argv[1:]])
         outcome = shown(lambda listener: run(experiment, results, listener, command), quiet, show_changes=False)
         if json_file is not None:
-            json_file.write_text(json.dumps(as_json(outcome), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            write_json(json_file, as_json(outcome))
         if html is not None:
             from bert_evaluation.cli.report import write_page
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bert_evaluation.cli.files import require_folders
 from bert_evaluation.cli.root import StoreOption
-from bert_evaluation.errors import BertEvaluationError
 
 if TYPE_CHECKING:
     from bert_evaluation.store import Store
@@ -20,8 +20,7 @@ def report(
     """Write a stored experiment as one page that opens from disk, offline."""
     from bert_evaluation.store import Store
 
-    if not html.absolute().parent.is_dir():
-        raise BertEvaluationError(f"There is no folder {html.parent} to write {html.name} to.")
+    require_folders(html)
     with Store(store, readonly=True) as results:
         write_page(results, number, html)
     print(f"Experiment {number} is shown in {html}")

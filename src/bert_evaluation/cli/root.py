@@ -1,15 +1,15 @@
 """The original script's options, and more."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bert_evaluation.cli.files import require_folders, write_json
 from bert_evaluation.cli.progress import shown
-from bert_evaluation.errors import BertEvaluationError, UsageError
+from bert_evaluation.errors import UsageError
 
 if TYPE_CHECKING:
     from bert_evaluation.outcome import Outcome
@@ -76,11 +76,9 @@ def root(
         raise UsageError(f"Say what to do: {ACTIONS}; they combine.")
     if not 0 < margin <= 1:
         raise UsageError(f"A margin is the share of Base's F1 to be kept, above 0 and up to 1, not {margin:g}.")
-    for file in (json_file, html, predictions, no_answer_probabilities):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise BertEvaluationError(f"There is no folder {file.parent} to write {file.name} to.")
     if attribute and not (transform and (infer or evaluate)):
         raise UsageError("Steps are told apart by --transform with --infer or --evaluate; add those to --attribute.")
+    require_folders(json_file, html, predictions, no_answer_probabilities)
     if (predictions or no_answer_probabilities) and not evaluate:
         raise UsageError("There are answers to write only with --evaluate.")
 
@@ -118,7 +116,7 @@ def root(
     with Store(store) as results:
         outcome = shown(lambda listener: run(experiment, results, listener, command), quiet, show_changes)
         if json_file is not None:
-            _write(json_file, as_json(outcome))
+            write_json(json_file, as_json(outcome))
         if html is not None:
             from bert_evaluation.cli.report import write_page  # here, since that module imports from this one
 
@@ -132,10 +130,6 @@ def root(
             print(f"Kept as experiment {outcome.number} in {results.file}")
 
 
-def _write(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def _write_answers(store: "Store", outcome: "Outcome", predictions: Path | None, probabilities: Path | None) -> None:
     """Write the answers of every row in the official form, those of Base to the files named."""
     threshold = outcome.experiment.rule.null_threshold
@@ -146,4 +140,4 @@ def _write_answers(store: "Store", outcome: "Outcome", predictions: Path | None,
             (probabilities, {each.question: each.no_answer_probability for each in answers}),
         ):
             if file is not None:
-                _write(file if row is outcome.rows[0] else file.with_stem(f"{file.stem}.{row.name}"), content)
+                write_json(file if row is outcome.rows[0] else file.with_stem(f"{file.stem}.{row.name}"), content)

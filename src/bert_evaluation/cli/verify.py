@@ -1,6 +1,5 @@
 """`bert-evaluation verify`: is the promise of each step of a recipe kept, and which site breaks it?"""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bert_evaluation.errors import BertEvaluationError, UsageError
+from bert_evaluation.cli.files import require_folders, write_json
+from bert_evaluation.errors import UsageError
 
 if TYPE_CHECKING:
     from bert_evaluation.blame import StepCheck
@@ -31,8 +31,7 @@ def verify(
     """Check the promise of each step on probes; for a broken one name the smallest probe, the site, and a command."""
     if questions < 0:
         raise UsageError(f"{questions} questions were asked for; give 0 or more.")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise BertEvaluationError(f"There is no folder {json_file.parent} to write {json_file.name} to.")
+    require_folders(json_file)
 
     from bert_evaluation.blame import verify_steps
     from bert_evaluation.capturing import capture, longest_input
@@ -61,8 +60,7 @@ def verify(
     kept = all(check.kept for check in checks)
     if json_file is not None:
         content = {"schema": 1, "model": model, "seed": seed, "verdict": "kept" if kept else "broken"}
-        text = json.dumps(content | {"steps": [_as_json(check) for check in checks]}, indent=1, allow_nan=False)
-        json_file.write_text(text + "\n", encoding="utf-8")
+        write_json(json_file, content | {"steps": [_as_json(check) for check in checks]})
     if not kept:
         raise typer.Exit(1)
 

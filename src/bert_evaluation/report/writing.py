@@ -7,7 +7,9 @@ from typing import Any
 from markupsafe import Markup, escape
 
 # Control characters, surrogates, and those that turn the direction of the text after them.
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
+)
 HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 LONGEST = 600  # characters shown of a text that a data set brings
 
