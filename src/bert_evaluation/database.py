@@ -37,6 +37,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             answerable INTEGER NOT NULL, PRIMARY KEY (evaluation, question)) WITHOUT ROWID""",
         "CREATE TABLE tuned (key TEXT PRIMARY KEY, value INTEGER NOT NULL)",
     ),
+    ("CREATE TABLE rooflines (key TEXT PRIMARY KEY, roofline TEXT NOT NULL, measured TEXT NOT NULL)",),
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bert_evaluation import conditions
 from bert_evaluation import graph as graphs
 from bert_evaluation.answering import Reader, answer, model_inputs
 from bert_evaluation.capturing import capture
@@ -16,7 +17,7 @@ from bert_evaluation.errors import InterruptedRunError
 from bert_evaluation.evaluation import CHUNK, Evaluation, evaluate_together, measured
 from bert_evaluation.graph import GraphModule
 from bert_evaluation.listing import step_diffs
-from bert_evaluation.measurement import Measurement, measure
+from bert_evaluation.measurement import measure
 from bert_evaluation.outcome import Experiment, Outcome, dump
 from bert_evaluation.quality import alarm, quality
 from bert_evaluation.recipe import Recipe, compose, parse_recipe
@@ -110,8 +111,7 @@ def _stages(
     if shared.experiment.transform:
         outcome = done("transform", rows)
     if shared.experiment.infer:
-        timing, rows = _infer(shared, outcome.number, rows, variants)
-        outcome = replace(outcome, noise=timing.noise, remarks=tuple(timing.remarks))
+        outcome, rows = _infer(shared, outcome, rows, variants)
         outcome = done("infer", rows)
     if data is not None:
         outcome = done("evaluate", _evaluate(shared, outcome, rows, variants, data))
@@ -164,15 +164,16 @@ def _transform(
 
 
 def _infer(
-    shared: _Run, number: int, rows: tuple[Row, ...], variants: Mapping[str, GraphModule]
-) -> tuple[Measurement, tuple[Row, ...]]:
-    """Answer the one question with every variant, and time them."""
+    shared: _Run, outcome: Outcome, rows: tuple[Row, ...], variants: Mapping[str, GraphModule]
+) -> tuple[Outcome, tuple[Row, ...]]:
+    """Answer the one question with every variant, and time them, with what disturbed that."""
     experiment, tokenizer, listener = shared.experiment, shared.tokenizer, shared.listener
     question, context, rule = experiment.question, experiment.context, experiment.rule
     cut = windows(tokenizer, [Example("", question, context, ())], experiment.windowing)
     padding, in_front = tokenizer.pad_token_id or 0, not question_first(tokenizer)
     inputs = tensors(cut, padding, model_inputs(variants[BASE]), shared.device, in_front)
     listener.begin("Timing", {"": experiment.rounds})
+    before = conditions.snapshot(shared.device)
     timing = measure(
         variants,
         inputs,
@@ -181,13 +182,20 @@ def _infer(
         time_limit=experiment.time_limit,
         on_round=lambda: listener.advance("", 1),
     )
+    after = conditions.snapshot(shared.device)
     answers = {
         name: answer(graph, tokenizer, question, context, rule, experiment.windowing).text
         for name, graph in variants.items()
     }
     for name, seconds in timing.seconds.items():
-        shared.store.save_times(number, name, seconds)
-    return timing, tuple(
+        shared.store.save_times(outcome.number, name, seconds)
+    outcome = replace(
+        outcome,
+        noise=timing.noise,
+        remarks=(*timing.remarks, *conditions.remarks(before, after)),
+        conditions=conditions.published(before, after),
+    )
+    return outcome, tuple(
         replace(
             row,
             answer=answers[row.name],

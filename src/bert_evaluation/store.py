@@ -198,6 +198,16 @@ class Store:
             found = self._database.do("SELECT value FROM tuned WHERE key = ?", (key,)).fetchone()
         return int(found[0])
 
+    def roofline(self, key: str, find: Callable[[], str], fresh: bool = False) -> tuple[str, str]:
+        """What a machine reaches, found once and then kept, or found anew with `fresh`; and when it was found."""
+        query = "SELECT roofline, measured FROM rooflines WHERE key = ?"
+        found = None if fresh else self._database.do(query, (key,)).fetchone()
+        if found is None:
+            found = (find(), _now())
+            self._database.do("INSERT OR REPLACE INTO rooflines VALUES (?, ?, ?)", (key, *found))
+        roofline, measured = found
+        return roofline, measured
+
 
 class StoredResults:
     """The results of one evaluation's batches, in a store."""

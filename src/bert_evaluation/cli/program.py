@@ -6,7 +6,7 @@ import warnings
 
 import typer
 
-from bert_evaluation.cli import diff, history, report, root, score, transformations, verify
+from bert_evaluation.cli import diff, doctor, history, report, root, score, transformations, verify
 from bert_evaluation.errors import BertEvaluationError, InterruptedRunError, UsageError
 
 INTERRUPTED = 130
@@ -25,6 +25,7 @@ app.command("verify")(verify.verify)
 app.command("history")(history.history)
 app.command("report")(report.report)
 app.command("score")(score.score)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:
