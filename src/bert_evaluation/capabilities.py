@@ -79,6 +79,7 @@ def libraries(built: str | None = None) -> str:
 
 
 def size(count: float) -> str:
+    """So many bytes in words."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 

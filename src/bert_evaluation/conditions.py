@@ -49,7 +49,7 @@ def snapshot(device: torch.device, root: Path = linux.ROOT) -> Conditions:
     cpus = usable_cpus()
     times = [each for cpu, each in enumerate(psutil.cpu_times(percpu=True)) if cpu in cpus]
     own, clock = psutil.Process().cpu_times(), _clock(root)
-    load = told(psutil.getloadavg)
+    load = told(lambda: psutil.getloadavg())  # each a lambda: not every system has the function
     return Conditions(
         seconds=monotonic(),
         cpus=len(cpus),

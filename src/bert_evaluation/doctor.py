@@ -65,9 +65,13 @@ class Examination:
 
 def read(device: torch.device, root: Path = linux.ROOT, look: float = LOOK) -> Reading:
     """Look at the machine for a while. `root` is where /proc and /sys are looked for."""
-    seconds, swap, before = _process_seconds(), told(psutil.swap_memory), conditions.snapshot(device, root)
+    seconds, swap, before = _process_seconds(), told(lambda: psutil.swap_memory()), conditions.snapshot(device, root)
     time.sleep(look)
-    after, swapped, seconds_after = conditions.snapshot(device, root), told(psutil.swap_memory), _process_seconds()
+    after, swapped, seconds_after = (
+        conditions.snapshot(device, root),
+        told(lambda: psutil.swap_memory()),
+        _process_seconds(),
+    )
     spent = {who: (now - seconds[who]) / look for who, now in seconds_after.items() if who in seconds}
     busiest = sorted(((name, share) for (_, name), share in spent.items()), key=lambda each: -each[1])
     cpus, flags = conditions.usable_cpus(), linux.cpu_flags(root)

@@ -1,16 +1,19 @@
 """What the doctor found: as lines, as tables within 80 columns, and in the published form."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bert_evaluation.capabilities import NOT_TOLD
 from bert_evaluation.doctor import Examination, Finding
+from bert_evaluation.report.writing import milliseconds
 from bert_evaluation.roofline import Bandwidth, Peak, Reached
 from bert_evaluation.stats import Interval
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 WIDTH = 80
 CAN, REACHES, DISTURBS = "What this machine can do", "What it reaches", "What disturbs measurements"
@@ -38,25 +41,21 @@ def lines(found: Examination) -> Iterator[str]:
 
 
 def tables(found: Examination) -> "Iterator[RenderableType]":
-    """The same for a terminal."""
-    from rich.table import Table
+    """The same for a terminal, however wide."""
+    from rich.constrain import Constrain
     from rich.text import Text
 
-    def table(title: str, rows: "Iterator[tuple[str | Text, ...]]", columns: int) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, width=WIDTH)
-        for index in range(columns):
-            made.add_column(no_wrap=index == 0 and columns > 2, style="cyan" if index == 0 else "", ratio=None)
-        for row in rows:
-            made.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
-        return made
+    def section(title: str, rows: "Iterable[tuple[str | Text, ...]]") -> "Iterator[RenderableType]":
+        yield Text(title, "bold")
+        yield Constrain(_table(rows), WIDTH)
 
-    yield table(CAN, ((fact.what, _told(fact.found)) for fact in found.facts), 2)
+    yield from section(CAN, ((fact.what, _told(fact.found)) for fact in found.facts))
     yield ""
-    yield table(_reaches(found), _rates(found), 3)
-    yield from (Text(f" {remark}", "yellow") for remark in _remarks(found))
+    yield from section(_reaches(found), _rates(found))
+    yield from (Constrain(Text(remark, "yellow"), WIDTH) for remark in _remarks(found))
     yield ""
     if found.reached:
-        yield table(_share_title(found), map(_reached, found.reached), 3)
+        yield from section(_share_title(found), map(_reached, found.reached))
         yield ""
     verdicts = (
         (
@@ -66,9 +65,25 @@ def tables(found: Examination) -> "Iterator[RenderableType]":
         )
         for finding in found.findings
     )
-    yield table(DISTURBS, verdicts, 3)
+    yield from section(DISTURBS, verdicts)
     yield ""
-    yield Text(conclusion(found), "bold")
+    yield Constrain(Text(conclusion(found), "bold"), WIDTH)
+
+
+def _table(rows: "Iterable[tuple[str | Text, ...]]") -> "Table":
+    """Rows without lines between them; only the last cell of a row is broken into lines."""
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    made = Table.grid(padding=(0, 2, 0, 0))
+    *first, _ = cells[0]
+    for number in range(len(first)):
+        made.add_column(no_wrap=True, style="" if number else "cyan")
+    made.add_column()
+    for row in cells:
+        made.add_row(*row)
+    return made
 
 
 def published(found: Examination) -> dict[str, Any]:
@@ -120,9 +135,7 @@ def _rate(rate: Interval, unit: str) -> str:
 def _way(peak: Peak) -> str:
     tokens, inputs, outputs = peak.shape
     text = f"{peak.way}, {tokens}×{inputs} by {inputs}×{outputs}"
-    return (
-        text if peak.is_safe else f"{text}; UNSAFE: off by {peak.error:.0%} at the largest values, since sums overflow"
-    )
+    return text if peak.is_safe else f"{text}; UNSAFE: {peak.error:.0%} off at the largest values"
 
 
 def _through(bandwidth: Bandwidth) -> str:
@@ -130,9 +143,9 @@ def _through(bandwidth: Bandwidth) -> str:
 
 
 def _reached(each: Reached) -> tuple[str, str, str]:
-    time = f"{each.milliseconds.estimate:.2f} ms ({each.milliseconds.low:.2f} to {each.milliseconds.high:.2f})"
+    time, low, high = (milliseconds(getattr(each.milliseconds, of)) for of in ("estimate", "low", "high"))
     texts = f"{each.batch} text{'' if each.batch == 1 else 's'} of {each.length} tokens"
-    return texts, time, f"{each.flops / 1e9:.1f} GFLOP, {each.share:.0%} of the peak"
+    return texts, f"{time} ms ({low} to {high})", f"{each.flops / 1e9:.1f} GFLOP, {each.share:.0%}"
 
 
 def _told(found: str | None) -> Any:
