@@ -60,7 +60,6 @@ def test_share_of_a_peak():
 def test_the_best_way_is_the_peak():
     assert MADE_UP.peak("fp32").way == "packed"
     assert MADE_UP.peak("bf16") is None
-    assert MADE_UP.bandwidth.way == "copy"
     assert [each.is_safe for each in MADE_UP.peaks] == [True, True, False]
     assert peak("int8", 9, error=0.0).is_safe
 

@@ -89,11 +89,6 @@ class Roofline:
         ways = [each for each in self.peaks if each.precision == precision]
         return max(ways, key=lambda each: each.gflops.estimate, default=None)
 
-    @property
-    def bandwidth(self) -> Bandwidth:
-        """The best way through memory."""
-        return max(self.bandwidths, key=lambda each: each.gigabytes.estimate)
-
 
 @dataclass(frozen=True)
 class Reached:
