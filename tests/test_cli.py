@@ -94,6 +94,7 @@ def test_everything_at_once(tmp_path):
     assert content["model"]["parameters"] > 20_000_000
     assert content["dataset"] == {"name": "built-in", "samples": 6, "seed": 42}
     assert content["machine"]["torch"] == torch.__version__
+    assert content["conditions"]["infer"]["own_share"] > 0
     names = ["LintAndRecompile", "MergeLinears", "FuseBiasInLinear", "ChangeTrueDivToMulByInverse", "RemoveDropout"]
     assert list(rows) == ["Base", *(f"Base+{name}" for name in names), "Base+" + "+".join(names)]
     assert all(row["quality"]["samples"] == 6 for row in rows.values())

@@ -53,6 +53,11 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def is_idle(device: torch.device) -> bool:
+    """Whether the device has done all that it was given. Only CUDA can be asked; of the others it is believed."""
+    return device.type != "cuda" or bool(torch.cuda.current_stream(device).query())
+
+
 def give_back_memory() -> None:
     """Give freed memory back to the system.
 

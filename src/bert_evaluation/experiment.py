@@ -1,9 +1,11 @@
 """One run: checkpoint × recipes × device × data set → rows."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
+from bert_evaluation import conditions, stages
 from bert_evaluation import graph as graphs
-from bert_evaluation import stages
 from bert_evaluation.capturing import longest_input
 from bert_evaluation.checkpoints import load, load_dataset
 from bert_evaluation.device import choose_device, machine
@@ -16,6 +18,8 @@ from bert_evaluation.squad.dataset import Dataset, sample
 from bert_evaluation.stages import Listener, Run
 from bert_evaluation.store import Store
 from bert_evaluation.transformations import REGISTRY, original_recipes
+
+T = TypeVar("T")
 
 
 def run(
@@ -71,17 +75,32 @@ def _stages(run: Run, recipes: tuple[Recipe, ...], data: Dataset | None) -> Outc
         run.listener.stage(stage, result)
         return result
 
+    def watched(stage: str, call: Callable[[], T]) -> T:
+        """What `call` returns; what disturbed it is added to the outcome."""
+        nonlocal outcome
+        before = conditions.snapshot(run.device)
+        result = call()
+        after = conditions.snapshot(run.device)
+        remarks = (
+            *outcome.remarks,
+            *(each for each in conditions.remarks(before, after) if each not in outcome.remarks),
+        )
+        told = {**outcome.conditions, stage: conditions.published(before, after)}
+        outcome = replace(outcome, remarks=remarks, conditions=told)
+        return result
+
     if experiment.transform:
         outcome = done("transform", rows)
     if experiment.infer:
-        timing, rows = stages.infer(run, rows, variants)
-        outcome = replace(outcome, noise=timing.noise, remarks=tuple(timing.remarks))
+        timing, rows = watched("infer", lambda: stages.infer(run, rows, variants))
+        outcome = replace(outcome, noise=timing.noise, remarks=(*timing.remarks, *outcome.remarks))
         outcome = done("infer", rows)
     if experiment.map is not None:
-        rows = stages.map_regime(run, rows, variants)
+        rows = watched("map", lambda: stages.map_regime(run, rows, variants))
         outcome = done("map", rows)
     if data is not None:
-        outcome = done("evaluate", evaluate(run, rows, variants, data))
+        rows = watched("evaluate", lambda: evaluate(run, rows, variants, data))
+        outcome = done("evaluate", rows)
     return outcome
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bert_evaluation.device import synchronize
-from bert_evaluation.errors import UsageError
+from bert_evaluation.device import is_idle, synchronize
+from bert_evaluation.errors import BertEvaluationError, UsageError
+from bert_evaluation.graph import output_tensors
 from bert_evaluation.stats import Interval, Ratio, beyond_noise, drift, median, outliers, speedup
 
 PRECISION, TIME_LIMIT = 0.01, 60.0  # of a ratio; seconds
@@ -113,12 +114,23 @@ class Measurement:
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds that a call takes until the device has done its work, and what it returns."""
+    """Seconds that a call takes until the device has done its work, and what it returns.
+
+    Raises BertEvaluationError if the clock was read before that: the device is still at work, or is another one.
+    """
     synchronize(device)
     start = time.perf_counter()
     result = call()
     synchronize(device)
-    return time.perf_counter() - start, result
+    seconds = time.perf_counter() - start
+    if not is_idle(device):
+        raise BertEvaluationError(f"{device} was still at work when the clock was read; end what else uses it.")
+    for tensor in output_tensors(result):
+        if tensor.device.type != device.type:
+            raise BertEvaluationError(
+                f"Outputs are on {tensor.device} and inputs on {device}, which alone is waited for; put both on one."
+            )
+    return seconds, result
 
 
 def measure(

@@ -61,7 +61,8 @@ class Outcome:
     """All that an experiment brought: what it ran on, and the rows, Base first. `number` is its own in the store.
 
     `noise` is Base's inference against itself: what this machine calls a difference where there is none; `remarks` say
-    what else a reader of the times should know.
+    what else a reader of the times should know. `conditions` are those of the machine around each timed
+    stage.
     """
 
     number: int
@@ -74,6 +75,7 @@ class Outcome:
     rows: tuple[Row, ...]
     noise: Ratio | None = None
     remarks: tuple[str, ...] = ()
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
 
 _ROW, _OUTCOME = TypeAdapter(Row), TypeAdapter(Outcome)
@@ -113,6 +115,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         else None,
         "noise": asdict(outcome.noise) if outcome.noise else None,
         "remarks": list(outcome.remarks),
+        "conditions": dict(outcome.conditions) if outcome.conditions else None,
         "rows": [row_as_json(row) for row in outcome.rows],
     }
     return {name: _finite(part) for name, part in published.items()}

@@ -157,12 +157,8 @@ def map_regime(run: Run, rows: tuple[Row, ...], variants: Variants) -> tuple[Row
     def kept(shape: Shape, find: Callable[[], Cells]) -> Cells:
         parts = ["regime", facts, decisive, str(shape), repr(plan)]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        found = None if experiment.fresh else run.store.measured(key)
-        if found is None:
-            cells = find()
-            run.store.keep_measured(key, _CELLS.dump_json(cells).decode())
-            return cells
-        return _CELLS.validate_json(found)
+        cells, _ = run.store.measured(key, lambda: _CELLS.dump_json(find()).decode(), experiment.fresh)
+        return _CELLS.validate_json(cells)
 
     run.listener.begin("Mapping", {"": len(grid.shapes)})
     cells = regime(

@@ -213,14 +213,16 @@ class Store:
             found = self._database.do("SELECT value FROM tuned WHERE key = ?", (key,)).fetchone()
         return int(found[0])
 
-    def measured(self, key: str) -> str | None:
-        """What was kept of a measurement, or None."""
-        found = self._database.do("SELECT value FROM measured WHERE key = ?", (key,)).fetchone()
-        return None if found is None else str(found[0])
-
-    def keep_measured(self, key: str, value: str) -> None:
-        """Keep what was measured, in the place of what was there."""
-        self._database.do("INSERT OR REPLACE INTO measured VALUES (?, ?, ?)", (key, value, _now()))
+    def measured(self, key: str, find: Callable[[], str], fresh: bool = False) -> tuple[str, str]:
+        """A measurement, made once and then kept, or made anew with `fresh`; and when it was made."""
+        found = (
+            None if fresh else self._database.do("SELECT value, created FROM measured WHERE key = ?", (key,)).fetchone()
+        )
+        if found is None:
+            found = (find(), _now())
+            self._database.do("INSERT OR REPLACE INTO measured VALUES (?, ?, ?)", (key, *found))
+        value, created = found
+        return value, created
 
 
 class StoredResults:

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from bert_evaluation import capture, compose, measure, verify
 from bert_evaluation import graph as graphs
+from bert_evaluation.errors import BertEvaluationError
 from bert_evaluation.transformations import (
     REGISTRY,
     ChangeTrueDivToMulByInverse,
@@ -239,11 +241,37 @@ def test_a_timed_call_waits_for_the_device(monkeypatch, device):
     """optimum-benchmark never waited for MPS, and timed the enqueueing."""
     from bert_evaluation.measurement import timed
 
-    told = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: told.append("waited"))
-    monkeypatch.setattr(torch.mps, "synchronize", lambda *_: told.append("waited"))
-    timed(lambda: told.append("called"), torch.device(device))
+    told, at_work = [], [0]
+
+    def wait(*_):
+        told.append("waited")
+        at_work[0] = 0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.mps, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(query=lambda: at_work[0] == 0))
+
+    def call():
+        told.append("called")
+        at_work[0] = 1
+
+    timed(call, torch.device(device))
     assert told == ["waited", "called", "waited"]
+    if device == "cuda":
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+        with pytest.raises(BertEvaluationError, match="cuda was still at work when the clock was read"):
+            timed(call, torch.device(device))
+
+
+def test_a_call_that_ends_on_another_device_is_not_timed():
+    """Only the inputs' device is waited for."""
+    with pytest.raises(BertEvaluationError, match="Outputs are on meta and inputs on cpu"):
+        measure({"Base": _Elsewhere()}, {"x": torch.ones(2)}, rounds=1)
+
+
+class _Elsewhere(nn.Module):
+    def forward(self, x):
+        return {"y": x.to("meta")}
 
 
 def test_a_dropped_mask_is_noticed():

@@ -6,7 +6,19 @@ import warnings
 
 import typer
 
-from bert_evaluation.cli import check, compare, diff, history, regime, report, root, score, transformations, verify
+from bert_evaluation.cli import (
+    check,
+    compare,
+    diff,
+    doctor,
+    history,
+    regime,
+    report,
+    root,
+    score,
+    transformations,
+    verify,
+)
 from bert_evaluation.errors import BertEvaluationError, InterruptedRunError, UsageError
 
 INTERRUPTED = 130
@@ -28,6 +40,7 @@ app.command("compare")(compare.compare)
 app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("score")(score.score)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:

@@ -1,0 +1,190 @@
+import io
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from machines import LATER, QUIET
+from rich.console import Console
+from test_cli import run, says
+from test_roofline import MADE_UP
+
+from bert_evaluation import doctor, roofline
+from bert_evaluation.capabilities import Fact, facts, instructions, libraries
+from bert_evaluation.doctor import Examination, Reading, findings, read
+from bert_evaluation.report.examination import conclusion, lines, published, tables
+from bert_evaluation.roofline import Reached
+from bert_evaluation.stats import Interval
+
+CPU = torch.device("cpu")
+TOLD = Reading(
+    QUIET,
+    LATER,
+    cores=4,
+    quota=float("inf"),
+    turbo=False,
+    temperature_high_c=90.0,
+    virtual=False,
+    swap_used=0,
+    paged=0,
+    allocator="jemalloc",
+)
+
+
+def judged(reading):
+    return {finding.what: finding for finding in findings(reading)}
+
+
+def test_nothing_disturbs_a_quiet_machine():
+    assert {finding.verdict for finding in findings(TOLD)} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "part"),
+    [
+        ({"before": replace(QUIET, load=1.5)}, "Load", "1.5 threads ran or waited in the last minute, for 4 CPUs"),
+        ({"after": replace(LATER, busy=1050.0)}, "Other processes", "25% of the CPUs"),
+        ({"busiest": (("chrome", 0.8),)}, "Other processes", "(chrome 80% of one)"),
+        ({"after": replace(LATER, threads=8), "cores": 8}, "Threads", "8 for 4 usable CPUs"),
+        ({"quota": 1.5, "cores": 4}, "Threads", "4 for 4 usable CPUs, a quota of 1.5"),
+        ({"cores": 2}, "Shared cores (SMT)", "4 CPUs on 2 cores"),
+        ({"after": replace(LATER, governor="powersave")}, "Clock governor", "powersave"),
+        ({"turbo": True}, "Turbo", "on"),
+        ({"after": replace(LATER, temperature_c=91.0)}, "Temperature", "91 °C, high from 90 on"),
+        (
+            {"after": replace(LATER, steal=5.0), "virtual": True},
+            "Time taken by the host",
+            "5.0% of the CPUs' time, virt",
+        ),
+        ({"after": replace(LATER, held_back=2.5), "quota": 4.0}, "CPU quota", "held this process back for 0.50 s"),
+        ({"swap_used": 3 << 30, "paged": 5 << 20}, "Swap", "3.0 GiB used, 5 MiB moved while looking"),
+    ],
+)
+def test_each_disturbance_is_found_alone_with_advice(changes, what, part):
+    found = judged(replace(TOLD, **changes))
+    assert [each.what for each in found.values() if each.verdict == "disturbs"] == [what]
+    assert part in found[what].found
+    assert found[what].advice.endswith(".")
+
+
+def test_the_advice_fits_the_quota():
+    assert "OMP_NUM_THREADS=1:" in judged(replace(TOLD, quota=1.5))["Threads"].advice
+    assert "OMP_NUM_THREADS=2:" in judged(replace(TOLD, cores=2))["Shared cores (SMT)"].advice
+
+
+def test_what_the_system_does_not_tell_is_unknown():
+    optional = ("steal", "held_back", "load", "clock_ghz", "temperature_c", "throttles", "governor", "energy_j")
+    before, after = (replace(each, **dict.fromkeys(optional)) for each in (QUIET, LATER))
+    found = judged(Reading(before, after))
+    known = ("Other processes", "Threads")
+    assert {what: each.verdict for what, each in found.items()} == {
+        what: "ok" if what in known else "unknown" for what in found
+    }
+    assert {each.found for what, each in found.items() if what not in known} == {None}
+
+
+def test_a_temperature_without_a_limit_is_not_judged():
+    found = judged(replace(TOLD, temperature_high_c=None))["Temperature"]
+    assert (found.verdict, "50 °C" in found.found) == ("unknown", True)
+
+
+def test_looking_at_this_machine(tmp_path):
+    found = read(CPU, look=0.05)
+    assert len({finding.what for finding in findings(found)}) == len(doctor.JUDGES)
+    nothing = judged(read(CPU, root=tmp_path, look=0.05))
+    assert nothing["Clock governor"].found is nothing["Turbo"].found is nothing["CPU quota"].found is None
+
+
+def test_what_a_processor_can_do():
+    assert instructions({"avx2": True, "fma3": True, "avx512_f": False, "avx512_vnni": False, "avx_vnni": True}) == (
+        "AVX2, FMA, VNNI; not AVX-512"
+    )
+    assert instructions({"neon": True, "bf16": True, "i8mm": False}) == "BF16, NEON; not I8MM"
+    assert instructions({}) is None
+
+
+def test_libraries_as_torch_was_built():
+    built = "PyTorch built with:\n  - Build settings: BLAS_INFO=open, USE_MKLDNN=OFF, USE_OPENMP=ON, "
+    assert libraries(built) == "BLAS open, no oneDNN, OpenMP"
+    assert libraries("") == "BLAS not told by this system, no oneDNN, no OpenMP"
+
+
+def test_facts_of_a_system_that_tells_little(tmp_path):
+    found = {fact.what: fact.found for fact in facts(CPU, tmp_path)}
+    assert found["CPU quota"] is found["Memory limit"] is found["Last cache"] is None
+    assert found["torch"].startswith(torch.__version__)
+
+
+EXAMINATION = Examination(
+    {"processor": "Made-up 9000"},
+    (Fact("Processor", "Made-up 9000"), Fact("CPU quota", None)),
+    findings(replace(TOLD, busiest=(("a[red]b", 0.8),), turbo=None, allocator="glibc")),
+    replace(MADE_UP, measured="2026-01-02T03:04:05+00:00", remarks=("Other processes used 38% of the cores.",)),
+    "built-in",
+    (Reached(8, 384, Interval(700, 690, 720), 76_100_000_000, 0.87),),
+)
+
+
+def test_plain_lines():
+    text = "\n".join(lines(EXAMINATION))
+    assert "Processor: Made-up 9000" in text
+    assert "CPU quota: not told by this system" in text
+    assert "int8: 9.0 GFLOP/s (9.0 to 9.0), linear, 1×1 by 1×1; UNSAFE: 49% off at the largest values" in text
+    assert "8 texts of 384 tokens: 700 ms (690 to 720), 76.1 GFLOP, 87%" in text
+    assert "disturbs: Other processes: 0% of the CPUs (a[red]b 80% of one). End or pause them while timing." in text
+    assert "ok: Threads: 4 for 4 usable CPUs\n" in text
+    assert "unknown: Turbo: not told by this system. " in text
+    assert "these are no peaks: measure them anew with --fresh" in text
+    assert text.endswith("1 thing disturbs measurements: Other processes; of 2 things it is not known.")
+    assert "\x1b" not in text
+
+
+def test_of_a_quiet_machine_nothing_is_said():
+    quiet = replace(EXAMINATION, findings=findings(TOLD), roofline=MADE_UP, reached=())
+    assert conclusion(quiet) == "Nothing was seen that disturbs measurements."
+    text = "\n".join(lines(quiet))
+    assert "--fresh" not in text
+    assert "share" not in text
+
+
+@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("colour", ["standard", None])
+def test_a_terminal_shows_all_of_it_within_80_columns(colour, width):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=colour, highlight=False)
+    console.print(*tables(EXAMINATION), sep="\n")
+    shown = console.file.getvalue()
+    text = re.sub(r"\x1b\[[\d;]*m", "", shown)
+    assert max(map(len, text.splitlines())) <= 80
+    assert ("\x1b[" in shown) == (colour is not None)
+    flat = " ".join(text.split())
+    for line in lines(EXAMINATION):
+        assert all(word.rstrip(".,:;") in flat for word in line.split() if word != "disturbs:")
+
+
+def test_published():
+    content = json.loads(json.dumps(published(EXAMINATION), allow_nan=False))
+    assert content["schema"] == 1
+    assert [each["safe"] for each in content["roofline"]["peaks"]] == [True, True, False]
+    assert content["facts"][1] == {"what": "CPU quota", "found": None}
+    assert {each["verdict"] for each in content["findings"]} == {"ok", "disturbs", "unknown"}
+
+
+def test_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline, "measure", lambda device: MADE_UP)
+    file, store = tmp_path / "doctor.json", tmp_path / "results.sqlite"
+    result = run("doctor", "--json", file, "--store", store, "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert "fp32: 100.0 GFLOP/s" in result.stdout
+    assert "\x1b" not in result.stdout
+    content = json.loads(file.read_text())
+    assert content["machine"]["torch"] == torch.__version__
+    assert (content["model"], content["reached"]) == (None, [])
+    monkeypatch.setattr(roofline, "measure", None)  # it is kept
+    assert "fp32: 100.0 GFLOP/s" in run("doctor", "--store", store, "--device", "cpu").stdout
+
+
+def test_bad_input(tmp_path):
+    says(run("doctor", "--json", tmp_path / "absent" / "file.json"), 1, "There is no folder")
+    says(run("doctor", "--device", "cda"), 2, "did you mean cuda")
+    says(run("doctor", "--model", tmp_path / "absent"), 1, "There is no checkpoint folder")
