@@ -23,7 +23,6 @@ from bert_evaluation.store import Entry
 from bert_evaluation.transformation import Report
 
 HERE = Path(__file__).parent
-TONES = {"faster": "good", "kept": "good", "not worse": "good", "slower": "bad", "broken": "bad", "worse": "bad"}
 
 Times = Mapping[str, Sequence[float]]
 
@@ -293,7 +292,7 @@ def _environment(outcome: Outcome) -> Environment:
         "sortable": writing.sortable,
         "span": plots.span,
         "tally": _tally,
-        "tone": lambda verdict: TONES.get(verdict, "open"),
+        "tone": writing.tone,
     }
     return environment
 
