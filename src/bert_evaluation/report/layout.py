@@ -1,4 +1,4 @@
-"""How text is laid out on a terminal of any width: prose, and figures as a table or, where it is too narrow, as lists."""
+"""How text is laid out on a terminal of any width: prose, and figures as a table or, where it is narrow, as lists."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from rich.text import Text
 from bert_evaluation.report.writing import HUMP, STEP, clean
 
 WORD = re.compile(r"\S+\s*|\s+")
-ROOM = 1_000_000  # cells; more than any line takes
+GAP = 2  # cells between columns
 
 
 def text(value: str, style: str = "") -> Text:
@@ -35,56 +35,66 @@ class Prose:
         self.hang = hang
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        first = True
+        hang = 0
         for line in self.content.split("\n", allow_blank=True):
-            width = options.max_width
-            for part in line.divide(_ends(line.plain, width - (0 if first else self.hang), width - self.hang)):
+            for part in line.divide(_ends(line.plain, options.max_width - hang, options.max_width - self.hang)):
                 part.rstrip()
-                shown = part if first else Text(" " * self.hang) + part
+                shown = Text(" " * hang) + part
                 shown.no_wrap, shown.overflow = True, "crop"
                 yield shown
-                first = False
+                hang = self.hang
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        lines = self.content.plain.split("\n")
-        narrowest = max(
-            cell_len(piece.rstrip()) for line in lines for piece in ("", *_pieces(line, 1, options.max_width))
-        )
-        return Measurement(self.hang + narrowest, max(map(cell_len, lines)))
+        return Measurement(self.hang + 1, widest(self.content))
+
+
+def widest(content: Text) -> int:
+    """How many cells the widest line takes."""
+    return max(cell_len(line) for line in content.plain.split("\n"))
 
 
 def _ends(line: str, first: int, width: int) -> list[int]:
     """Where a line is broken, so that its first part is no wider than `first` cells and the others than `width`."""
-    ends, at, used, room = [], 0, 0, first
-    for piece in _pieces(line, min(first, width), min(first, width)):
+    ends, at, used, room = [], 0, 0, max(first, 1)
+
+    def add(piece: str) -> None:
+        nonlocal at, used, room
         if used and used + cell_len(piece.rstrip()) > room:
             ends.append(at)
-            used, room = 0, width
+            used, room = 0, max(width, 1)
         at += len(piece)
         used += cell_len(piece)
+
+    for step in (step for word in WORD.findall(line) for step in STEP.split(word)):
+        size = cell_len(step.rstrip())
+        if size <= max(width, 1) or (not used and size <= room):
+            add(step)
+            continue
+        if used:
+            ends.append(at)
+            used, room = 0, max(width, 1)
+        for part in HUMP.split(step):
+            for piece in [part] if cell_len(part.rstrip()) <= room else chop_cells(part, min(room, max(width, 1))):
+                add(piece)
     return ends
-
-
-def _pieces(line: str, longest_step: int, longest: int) -> Iterator[str]:
-    """What may stand on lines of its own: words and steps, and parts of those that are longer than allowed."""
-    for word in WORD.findall(line):
-        for step in STEP.split(word):
-            for part in HUMP.split(step) if cell_len(step.rstrip()) > longest_step else [step]:
-                yield from chop_cells(part, max(longest, 1)) if cell_len(part.rstrip()) > longest else [part]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of figures. One that `wraps` gives way where the others need room, down to `least` cells.
+    """A column of figures. One with a `least` width gives way down to it where the others need room.
 
     Its lines after the first are then set in by `hang`.
     """
 
     title: str
     justify: Literal["left", "right"] = "left"
-    wraps: bool = False
     least: int = 0
     hang: int = 0
+
+    @property
+    def wraps(self) -> bool:
+        """Whether it gives way."""
+        return self.least > 0
 
 
 @dataclass(frozen=True)
@@ -101,10 +111,9 @@ class Figures:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         used = [place for place in range(len(self.columns)) if any(row[place] for row in self.rows)]
-        table = self._table(used)
-        needed = table.__rich_measure__(console, options.update(max_width=ROOM)).minimum
-        if needed <= options.max_width:
-            yield table
+        needed = [min(self._width(place), self.columns[place].least or self._width(place)) for place in used]
+        if sum(needed) + GAP * (len(used) - 1) <= options.max_width:
+            yield self._table(used)
         else:
             yield from self._lists(used)
 
@@ -115,20 +124,24 @@ class Figures:
         )  # fmt: skip
         for place in used:
             column = self.columns[place]
-            table.add_column(
-                column.title, justify=column.justify, no_wrap=not column.wraps, min_width=column.least or None
-            )
+            least = None if column.wraps else self._width(place)
+            table.add_column(column.title, justify=column.justify, no_wrap=not column.wraps, min_width=least)
         for row in self.rows:
             cells = [(self.columns[place], row[place]) for place in used]
             table.add_row(*(Prose(cell, column.hang) if column.wraps else cell for column, cell in cells))
         return table
+
+    def _width(self, place: int) -> int:
+        return max(widest(cell) for cell in (Text(self.columns[place].title), *(row[place] for row in self.rows)))
 
     def _lists(self, used: Sequence[int]) -> Iterator[RenderableType]:
         for row in self.rows:
             title = row[used[0]].copy()
             title.stylize("bold")
             yield Prose(title)
-            parts = [(self.columns[place].title, row[place]) for place in used[1:] if row[place]]
+            parts = [
+                (self.columns[place].title.replace("\n", " ").strip(), row[place]) for place in used[1:] if row[place]
+            ]
             yield Padding(labelled(parts), (0, 0, int(self.spaced), 2))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
@@ -16,10 +17,11 @@ from bert_evaluation.report.writing import error, milliseconds, tone
 from bert_evaluation.rows import Quality, Row
 from bert_evaluation.stats import Difference, Interval, Ratio
 from bert_evaluation.store import Entry
+from bert_evaluation.transformation import Report
 
 COLOURS = {"good": "green", "bad": "red", "open": "yellow"}
 STATES = {"finished": "green", "running": "yellow"}
-RECIPE = Column("\nrecipe", wraps=True, least=16, hang=2)
+RECIPE = Column("\nrecipe", least=16, hang=2)
 SPEED = Column("\ntimes Base's speed")
 
 
@@ -53,9 +55,18 @@ def _transform(outcome: Outcome) -> Iterator[RenderableType]:
     for row in recipes:
         if row.verification and not row.verification.kept:
             yield _said(row, terminal.promise(row), "red")
-        for report in row.sites:
-            for line in terminal.refusals(report):
-                yield _said(row, line)
+    for row in recipes:
+        yield from _refusals(row)
+
+
+def _refusals(row: Row) -> Iterator[RenderableType]:
+    """The refusals of a recipe, by step where it has several."""
+    if any(report.refused for report in row.sites):
+        yield Prose(Text.assemble(text(short(row)), ":"), hang=2)
+    for report in row.sites:
+        step = f"{_step(report)} " if len(row.sites) > 1 else ""
+        for line in terminal.refusals(report):
+            yield Padding(Prose(text(step + line), hang=2), (0, 0, 0, 2))
 
 
 def _promised(row: Row) -> Iterator[tuple[Text, ...]]:
@@ -68,7 +79,7 @@ def _promised(row: Row) -> Iterator[tuple[Text, ...]]:
     title = text(short(row))
     if len(row.sites) > 1:
         for place, report in enumerate(row.sites, 1):
-            step = report.transformation.partition("(")[0] + ("+" if place < len(row.sites) else "")
+            step = _step(report) + ("+" if place < len(row.sites) else "")
             yield text(step if place == 1 else f"  {step}"), _count(terminal.applied_of([report])), Text(), Text()
         title = Text("  together", "italic")
     yield title, _count(terminal.applied_of(row.sites)), promise, difference
@@ -102,10 +113,10 @@ def _evaluate(outcome: Outcome) -> Iterator[RenderableType]:
     yield Text()
     columns = (
         RECIPE,
-        Column("F1\nexact", "right"),
+        Column("F1,\nexact", "right"),
         Column("\nF1 difference"),
         Column("answers\nchanged", "right"),
-        Column("ms\nper s", "right"),
+        Column("ms,\nper s", "right"),
         SPEED,
     )
     rows = [(row, row.quality) for row in outcome.rows if row.quality is not None]
@@ -176,7 +187,7 @@ def experiments(entries: Iterable[tuple[Entry, Outcome]]) -> Iterator[Renderable
     columns = (
         Column("#", "right"),
         Column("started (UTC)"),
-        Column("experiment", wraps=True, least=20),
+        Column("experiment", least=20),
         Column("state"),
     )
     rows = []
@@ -191,7 +202,7 @@ def experiments(entries: Iterable[tuple[Entry, Outcome]]) -> Iterator[Renderable
 
 def transformations(kinds: Iterable[tuple[str, str, str, str]]) -> Iterator[RenderableType]:
     """What there is to put into a recipe: name, promise, whether it can be undone, what it does."""
-    columns = (Column("transformation"), Column("promise"), Column("what it does", wraps=True, least=20))
+    columns = (Column("transformation"), Column("promise"), Column("what it does", least=20))
     rows = [(text(name, "bold"), _two(text(promise), undo), text(what)) for name, promise, undo, what in kinds]
     yield Figures(columns, rows, spaced=True)
 
@@ -230,6 +241,10 @@ def _difference(found: Difference | None) -> Text:
     if found is None:
         return Text()
     return _interval(found, f"{found.estimate:{terminal.POINTS}}", terminal.POINTS, found.verdict)
+
+
+def _step(report: Report) -> str:
+    return report.transformation.partition("(")[0]
 
 
 def _count(applied: str) -> Text:
