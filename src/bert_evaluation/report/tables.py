@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
@@ -66,7 +65,7 @@ def _refusals(row: Row) -> Iterator[RenderableType]:
     for report in row.sites:
         step = f"{_step(report)} " if len(row.sites) > 1 else ""
         for line in terminal.refusals(report):
-            yield Padding(Prose(text(step + line), hang=2), (0, 0, 0, 2))
+            yield Prose(text(f"  {step}{line}"), hang=4)
 
 
 def _promised(row: Row) -> Iterator[tuple[Text, ...]]:
