@@ -139,6 +139,11 @@ def test_refusals_name_the_step_and_are_counted():
     assert re.search(r"together +1 of 8 +reassociates kept", shown)
 
 
+def test_an_experiment_that_ended_before_it_had_a_row_has_no_stages():
+    assert terminal.stages(examples.outcome()) == []
+    assert terminal.stages(OUTCOMES["rich"]) == list(STAGES)
+
+
 def test_a_speed_that_was_not_compared():
     row = examples.row("A", throughput_speedup=None)
     shown = stage("evaluate", examples.outcome(examples.base(), row), 80)

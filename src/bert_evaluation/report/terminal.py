@@ -132,8 +132,8 @@ TITLES = {"transform": "Transformations", "infer": "Inference", "evaluate": "Eva
 
 
 def stages(outcome: Outcome) -> list[str]:
-    """The stages that an experiment was asked for."""
-    return [stage for stage in LINES if getattr(outcome.experiment, stage)]
+    """The stages that an experiment was asked for; none where it ended before it had a row."""
+    return [stage for stage in LINES if outcome.rows and getattr(outcome.experiment, stage)]
 
 
 def stage_lines(stage: str, outcome: Outcome, show_changes: bool = False) -> Iterator[str]:
