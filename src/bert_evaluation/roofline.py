@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from bert_evaluation import conditions, linux
+from bert_evaluation import conditions, linux, onednn
 from bert_evaluation.capturing import capture, longest_input, text_inputs
 from bert_evaluation.device import machine
 from bert_evaluation.graph import GraphModule
@@ -143,9 +143,24 @@ def reached(model: nn.Module, found: Roofline, texts: Sequence[tuple[int, int]] 
 
 def known(store: Store, device: torch.device, fresh: bool = False) -> Roofline:
     """The roofline of this machine, measured once and then kept in the store, or anew with `fresh`."""
+    return _read(store.measured(_key(device), lambda: _ROOFLINE.dump_json(measure(device)).decode(), fresh))
+
+
+def kept(store: Store, device: torch.device) -> Roofline | None:
+    """The roofline of this machine if it was measured before and nothing disturbed that."""
+    found = store.kept(_key(device))
+    if found is None or (roofline := _read(found)).remarks:
+        return None
+    return roofline
+
+
+def _key(device: torch.device) -> str:
     about = machine(device)
-    key = json.dumps(["roofline", {name: about[name] for name in DECISIVE}])
-    text, measured = store.measured(key, lambda: _ROOFLINE.dump_json(measure(device)).decode(), fresh)
+    return json.dumps(["roofline", {name: about[name] for name in DECISIVE}])
+
+
+def _read(found: tuple[str, str]) -> Roofline:
+    text, measured = found
     return replace(_ROOFLINE.validate_json(text), measured=measured)
 
 
@@ -187,8 +202,8 @@ def _linear(x: Tensor, weight: Tensor) -> Call:
 
 
 def _packed(x: Tensor, weight: Tensor) -> Call:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
-    return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    packed = onednn.pack(weight)
+    return lambda: onednn.POINTWISE(x, packed, None, "none", [], "")
 
 
 def _quantized(x: Tensor, weight: Tensor) -> Call:

@@ -22,6 +22,7 @@ from bert_evaluation.memory import memory
 from bert_evaluation.outcome import Experiment, Outcome
 from bert_evaluation.recipe import Recipe, compose
 from bert_evaluation.regime import Cells, Shape, regime
+from bert_evaluation.roofline import flops, kept, share
 from bert_evaluation.rows import BASE, Row, StepChange
 from bert_evaluation.squad.batches import tensors
 from bert_evaluation.squad.dataset import Example
@@ -111,6 +112,7 @@ def infer(run: Run, rows: tuple[Row, ...], variants: Variants) -> tuple[Measurem
     padding, in_front = tokenizer.pad_token_id or 0, not question_first(tokenizer)
     inputs = tensors(cut, padding, model_inputs(made[BASE]), run.device, in_front)
     listener.begin("Timing", {"": experiment.rounds})
+    count = flops(made[BASE], inputs)
     timing = measure(
         made,
         inputs,
@@ -121,6 +123,8 @@ def infer(run: Run, rows: tuple[Row, ...], variants: Variants) -> tuple[Measurem
     )
     for name, seconds in timing.seconds.items():
         run.store.save_times(run.outcome.number, name, seconds)
+    roofline = kept(run.store, run.device)
+    peak = None if roofline is None else roofline.peak("fp32")
     answers = {
         row.name: answer(made[row.name], tokenizer, question, context, rule, experiment.windowing).text
         for row in rows
@@ -136,6 +140,7 @@ def infer(run: Run, rows: tuple[Row, ...], variants: Variants) -> tuple[Measurem
             pays_after=None if row.name == BASE else timing.pays_after(row.name),
             rounds=len(timing.seconds[row.name]),
             speedup=None if row.name == BASE else timing.speedup(row.name),
+            share_of_peak=None if peak is None else share(count, timing.latency(row.name).estimate / 1000, peak),
             effects=variants.parts.effects(row.name, speedup=timing.ratio),
         )
         if row.name in made
@@ -154,7 +159,7 @@ def map_regime(run: Run, rows: tuple[Row, ...], variants: Variants) -> tuple[Row
     facts = {name: [graphs.graph_hash(graph), graphs.constants_hash(graph)] for name, graph in made.items()}
     decisive = {name: run.outcome.machine[name] for name in DECISIVE if name != "threads"}
 
-    def kept(shape: Shape, find: Callable[[], Cells]) -> Cells:
+    def stored(shape: Shape, find: Callable[[], Cells]) -> Cells:
         parts = ["regime", facts, decisive, str(shape), repr(plan)]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         cells, _ = run.store.measured(key, lambda: _CELLS.dump_json(find()).decode(), experiment.fresh)
@@ -166,7 +171,7 @@ def map_regime(run: Run, rows: tuple[Row, ...], variants: Variants) -> tuple[Row
         lambda batch, length: text_inputs(run.model, batch, length),
         grid,
         plan,
-        kept,
+        stored,
         on_shape=lambda shape: run.listener.advance("", 1),
     )
     return tuple(replace(row, regime=cells.get(row.name, ())) for row in rows)

@@ -215,14 +215,16 @@ class Store:
 
     def measured(self, key: str, find: Callable[[], str], fresh: bool = False) -> tuple[str, str]:
         """A measurement, made once and then kept, or made anew with `fresh`; and when it was made."""
-        found = (
-            None if fresh else self._database.do("SELECT value, created FROM measured WHERE key = ?", (key,)).fetchone()
-        )
+        found = None if fresh else self.kept(key)
         if found is None:
             found = (find(), _now())
             self._database.do("INSERT OR REPLACE INTO measured VALUES (?, ?, ?)", (key, *found))
-        value, created = found
-        return value, created
+        return found
+
+    def kept(self, key: str) -> tuple[str, str] | None:
+        """A measurement that was made before, and when; None if it was not."""
+        found = self._database.do("SELECT value, created FROM measured WHERE key = ?", (key,)).fetchone()
+        return None if found is None else (str(found[0]), str(found[1]))
 
 
 class StoredResults:

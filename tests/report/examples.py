@@ -85,7 +85,15 @@ def quality(f1=63.06, found=None, changes=(), samples=2794):
 
 
 def base(**parts):
-    return Row(name="Base", recipe="", quality=quality(), samples_per_second=22.5, work=Work(), **parts)
+    return Row(
+        name="Base",
+        recipe="",
+        quality=quality(),
+        samples_per_second=22.5,
+        tokens_per_second=4769.0,
+        work=Work(),
+        **parts,
+    )
 
 
 def row(name, speed=1.2, width=0.03, **parts):

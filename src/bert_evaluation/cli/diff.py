@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bert_evaluation.cli.console import output
+from bert_evaluation.cli.console import console
 from bert_evaluation.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,20 +38,20 @@ def diff(
 
     recipes = tuple(parse_recipe(text, REGISTRY) for text in recipe or ()) or original_recipes()
     graph = capture(load(model)[0])
-    console = output()
+    output = console()
     if full:
-        _print(console, _heading("Base, the whole graph"), _python(listing(graph)))
+        _print(output, _heading("Base, the whole graph"), _python(listing(graph)))
     for each in recipes:
         steps = step_diffs(graph, each, context)
-        _print(console, _heading(f"Base+{each.name}"), *(line for step in steps for line in _lines(step)))
+        _print(output, _heading(f"Base+{each.name}"), *(line for step in steps for line in _lines(step)))
         if full:
-            _print(console, _heading(f"Base+{each.name}, the whole graph"), _python(steps[-1].after))
+            _print(output, _heading(f"Base+{each.name}, the whole graph"), _python(steps[-1].after))
 
 
-def _print(console: "Console", *lines: "Text") -> None:
+def _print(output: "Console", *lines: "Text") -> None:
     for line in lines:
-        console.print(line, soft_wrap=True)
-    console.print()
+        output.print(line, soft_wrap=True)
+    output.print()
 
 
 def _lines(step: "StepDiff") -> "Iterator[Text]":

@@ -1,14 +1,13 @@
 """`bert-evaluation doctor`: what this machine can do, what it reaches, and what disturbs measurements on it."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bert_evaluation.cli.console import output
+from bert_evaluation.cli.console import show
+from bert_evaluation.cli.files import require_folders, write_json
 from bert_evaluation.cli.root import StoreOption
-from bert_evaluation.errors import BertEvaluationError
 
 
 def doctor(
@@ -22,8 +21,7 @@ def doctor(
     fresh: Annotated[bool, typer.Option("--fresh", help="measure anew what the store has")] = False,
 ) -> None:
     """Tell what this machine can do, what it reaches at most, what disturbs measurements, and what to do about that."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise BertEvaluationError(f"There is no folder {json_file.parent} to write {json_file.name} to.")
+    require_folders(json_file)
 
     from rich.console import Console
 
@@ -44,9 +42,5 @@ def doctor(
         shares = () if checkpoint is None else tuple(reached(checkpoint, roofline))
     examination = Examination(machine(target), tuple(facts(target)), found, roofline, model, shares)
     if json_file is not None:
-        text = json.dumps(published(examination), indent=1, allow_nan=False)
-        json_file.write_text(text + "\n", encoding="utf-8")
-    if (console := output()).is_terminal:
-        console.print(*tables(examination), sep="\n")
-    else:
-        print(*lines(examination), sep="\n")
+        write_json(json_file, published(examination))
+    show(lines(examination), tables(examination))

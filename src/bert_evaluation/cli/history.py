@@ -1,10 +1,18 @@
 """`bert-evaluation history`: what the store has."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bert_evaluation.cli.console import show
 from bert_evaluation.cli.root import StoreOption
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from bert_evaluation.outcome import Outcome
+    from bert_evaluation.store import Entry
 
 
 def history(
@@ -14,17 +22,35 @@ def history(
 ) -> None:
     """List the experiments in the store, or show one of them as it was printed."""
     from bert_evaluation.outcome import load
-    from bert_evaluation.report.terminal import entry_line, stage_lines, stages
+    from bert_evaluation.report import tables
+    from bert_evaluation.report.terminal import entry_line
     from bert_evaluation.store import Store
 
     with Store(store, readonly=True) as results:
         if number is None:
-            for entry in results.experiments():
-                print(entry_line(entry, load(entry)))
+            entries = [(entry, load(entry)) for entry in results.experiments()]
+            show((entry_line(*each) for each in entries), tables.experiments(entries))
             return
         entry = results.experiment(number)
     outcome = load(entry)
-    print(entry_line(entry, outcome))
-    print("Machine:", ", ".join(f"{name} {value}" for name, value in outcome.machine.items()))
+    show(_lines(entry, outcome, show_changes), _tables(entry, outcome, show_changes))
+
+
+def _lines(entry: "Entry", outcome: "Outcome", show_changes: bool) -> Iterator[str]:
+    from bert_evaluation.report.terminal import entry_line, machine, stage_lines, stages
+
+    yield entry_line(entry, outcome)
+    yield f"Machine: {machine(outcome)}"
     for stage in stages(outcome):
-        print("", *stage_lines(stage, outcome, show_changes), sep="\n")
+        yield ""
+        yield from stage_lines(stage, outcome, show_changes)
+
+
+def _tables(entry: "Entry", outcome: "Outcome", show_changes: bool) -> "Iterator[RenderableType]":
+    from bert_evaluation.report import tables
+    from bert_evaluation.report.terminal import stages
+
+    yield from tables.experiment(entry, outcome)
+    for stage in stages(outcome):
+        yield from tables.stage(stage, outcome, show_changes)
+    yield from tables.answer(outcome)

@@ -1,7 +1,9 @@
-"""What is shown of a run: progress bars on a terminal, and the lines of each stage as it ends."""
+"""What is shown of a run: progress bars on a terminal, and each stage as it ends."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
+
+from bert_evaluation.cli.console import show
 
 if TYPE_CHECKING:
     from bert_evaluation.outcome import Outcome
@@ -15,6 +17,7 @@ def shown(call: "Callable[[Listener], Outcome]", quiet: bool, show_changes: bool
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+    from bert_evaluation.report import tables
     from bert_evaluation.report.terminal import stage_lines
     from bert_evaluation.stages import Listener
 
@@ -41,7 +44,8 @@ def shown(call: "Callable[[Listener], Outcome]", quiet: bool, show_changes: bool
         def stage(name: str, outcome: "Outcome") -> None:
             clear()
             if not quiet:
-                bar.refresh()
-                print(*stage_lines(name, outcome, show_changes), "", sep="\n", flush=True)
+                bar.stop()  # while there is a bar, rich would send to its console, stderr, what is printed
+                show([*stage_lines(name, outcome, show_changes), ""], tables.stage(name, outcome, show_changes))
+                bar.start()
 
         return call(Listener(stage, begin, advance))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bert_evaluation.cli.console import show
 from bert_evaluation.cli.files import require_folders, write_json
 from bert_evaluation.cli.progress import shown
 from bert_evaluation.errors import UsageError
@@ -84,6 +85,8 @@ def root(
 
     from bert_evaluation.experiment import run
     from bert_evaluation.outcome import CONTEXT, QUESTION, Experiment, as_json
+    from bert_evaluation.report import tables
+    from bert_evaluation.report.terminal import answer_lines
     from bert_evaluation.squad.answers import AnswerRule
     from bert_evaluation.squad.batches import Batching
     from bert_evaluation.squad.windows import Windowing
@@ -122,12 +125,11 @@ def root(
 
             write_page(results, outcome.number, html)
         _write_answers(results, outcome, predictions, no_answer_probabilities)
-        if not quiet and transform and (infer or evaluate):
-            from bert_evaluation.report.headline import headline
-
-            print(headline(outcome).sentence)
+        if not quiet:
+            show(answer_lines(outcome), tables.answer(outcome))
         if not quiet and not results.is_volatile:
-            print(f"Kept as experiment {outcome.number} in {results.file}")
+            kept = f"Kept as experiment {outcome.number} in {results.file}"
+            show([kept], tables.whole([kept]))
 
 
 def _write_answers(store: "Store", outcome: "Outcome", predictions: Path | None, probabilities: Path | None) -> None:

@@ -2,13 +2,19 @@
 
 import inspect
 
+from bert_evaluation.cli.console import show
+
 
 def transformations() -> None:
     """List the transformations, what each promises and what it does."""
+    from bert_evaluation.report import tables
     from bert_evaluation.transformation import ReversibleTransformation
     from bert_evaluation.transformations import REGISTRY
 
+    kinds = []
     for kind in REGISTRY:
         first = (inspect.getdoc(kind) or "").splitlines()[0]
         undo = "reversible" if issubclass(kind, ReversibleTransformation) else "not reversible"
-        print(f"{kind.__name__} ({kind.promise.kind}, {undo}): {first}")
+        kinds.append((kind.__name__, kind.promise.kind, undo, first))
+    lines = (f"{name} ({promise}, {undo}): {first}" for name, promise, undo, first in kinds)
+    show(lines, tables.transformations(kinds))

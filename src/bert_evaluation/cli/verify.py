@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bert_evaluation.cli.console import show
 from bert_evaluation.cli.files import require_folders, write_json
 from bert_evaluation.errors import UsageError
 
@@ -39,6 +40,7 @@ def verify(
     from bert_evaluation.device import choose_device
     from bert_evaluation.probes import TextProbes, parse_shape
     from bert_evaluation.recipe import parse_recipe
+    from bert_evaluation.report import tables
     from bert_evaluation.transformations import REGISTRY, original_recipes
     from bert_evaluation.verification import observe
 
@@ -55,7 +57,7 @@ def verify(
     checks = []
     for each in recipes:
         for check in verify_steps(reference, each, options):
-            print(*_lines(check), sep="\n", flush=True)
+            show(_lines(check), tables.whole(_lines(check)))
             checks.append(check)
     kept = all(check.kept for check in checks)
     if json_file is not None:

@@ -83,7 +83,7 @@ def headline(outcome: Outcome) -> Headline:
     for ratio, row in faster:
         if objection(row) is None:
             passed_over = [pair for pair in faster if pair[0].estimate > ratio.estimate]
-            sentence = f"{_name(row)} is {_times_faster(ratio)}, {_answers(row, outcome)}."
+            sentence = f"{short(row)} is {_times_faster(ratio)}, {_answers(row, outcome)}."
             return Headline(sentence, row, (*_other_speed(row, by), *_faster_still(passed_over), *apart))
     if faster:
         return _but(faster, apart)
@@ -91,7 +91,7 @@ def headline(outcome: Outcome) -> Headline:
     if not unsure:
         return Headline(_all_slower(timed), details=apart)
     ratio, row = unsure[0]
-    sentence = f"Cannot tell whether anything pays: the fastest, {_name(row)}, has {_times_base(ratio)}."
+    sentence = f"Cannot tell whether anything pays: the fastest, {short(row)}, has {_times_base(ratio)}."
     slower = len(timed) - len(unsure)
     also = (f"{_count(slower, 'recipe is', 'recipes are')} slower than Base.",) if slower else ()
     return Headline(sentence, details=also + apart)
@@ -104,7 +104,7 @@ def _but(faster: Sequence[tuple[Ratio, Row]], apart: tuple[str, ...]) -> Headlin
     ratio, row, reason = (undecided or reasons)[0]
     begin = "Cannot tell whether anything pays" if undecided else "Nothing pays"
     assert reason is not None  # or it would pay
-    return Headline(f"{begin}: {_name(row)} is {_times_faster(ratio)}, but {reason.text}.", details=apart)
+    return Headline(f"{begin}: {short(row)} is {_times_faster(ratio)}, but {reason.text}.", details=apart)
 
 
 def _base_alone(base: Row) -> str:
@@ -131,9 +131,9 @@ def _all_slower(timed: Sequence[tuple[Ratio, Row]]) -> str:
         return "Cannot tell whether anything pays: no recipe was timed side by side with Base."
     ratio, row = timed[0]
     if len(timed) == 1:
-        return f"Nothing pays: {_name(row)} is slower, with {_times_base(ratio)}."
+        return f"Nothing pays: {short(row)} is slower, with {_times_base(ratio)}."
     return (
-        f"Nothing pays: all {len(timed)} recipes timed are slower; the fastest, {_name(row)}, has {_times_base(ratio)}."
+        f"Nothing pays: all {len(timed)} recipes timed are slower; the fastest, {short(row)}, has {_times_base(ratio)}."
     )
 
 
@@ -145,7 +145,7 @@ def _faster_still(passed_over: Sequence[tuple[Ratio, Row]]) -> tuple[str, ...]:
     reason = objection(row)
     assert reason is not None  # or it would be the answer
     more = f" {len(rest)} more such {'row is' if len(rest) == 1 else 'rows are'} faster, too." if rest else ""
-    return (f"{_name(row)} is faster still, {decimals(ratio)[0]} times, but {reason.text}.{more}",)
+    return (f"{short(row)} is faster still, {decimals(ratio)[0]} times, but {reason.text}.{more}",)
 
 
 def _other_speed(row: Row, by: Measure) -> tuple[str, ...]:
@@ -199,12 +199,13 @@ def _times_base(ratio: Ratio) -> str:
     return "{} times Base's speed, {} to {}".format(*decimals(ratio))
 
 
-def _name(row: Row) -> str:
+def short(row: Row) -> str:
+    """A recipe's name without Base's."""
     return row.name.removeprefix("Base+")
 
 
 def _named(rows: Sequence[Row]) -> str:
-    names = [_name(row) for row in rows[:3]]
+    names = [short(row) for row in rows[:3]]
     more = len(rows) - len(names)
     return ", ".join(names) + (f" and {more} more" if more else "")
 

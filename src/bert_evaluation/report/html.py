@@ -24,16 +24,6 @@ from bert_evaluation.store import Entry
 from bert_evaluation.transformation import Report
 
 HERE = Path(__file__).parent
-TONES = {
-    "faster": "good",
-    "kept": "good",
-    "not worse": "good",
-    "slower": "bad",
-    "broken": "bad",
-    "worse": "bad",
-    "helps": "good",
-    "harms": "bad",
-}
 
 Times = Mapping[str, Sequence[float]]
 
@@ -306,7 +296,7 @@ def _environment(outcome: Outcome) -> Environment:
         "sortable": writing.sortable,
         "span": plots.span,
         "tally": tally,
-        "tone": lambda verdict: TONES.get(verdict, "open"),
+        "tone": writing.tone,
     }
     return environment
 

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 
+from bert_evaluation.memory import Memory
 from bert_evaluation.outcome import Outcome
+from bert_evaluation.report.headline import headline
 from bert_evaluation.rows import Cell, Quality, Row
-from bert_evaluation.stats import Ratio
+from bert_evaluation.stats import Interval, Ratio
 from bert_evaluation.store import Entry
+from bert_evaluation.transformation import Report
 
 ONE_LINE = 4  # refusals named in a listing; the rest is counted
+TIMES, POINTS = ".3f", "+.2f"  # how a ratio and a difference of quality are written
 
 
 def transform_lines(outcome: Outcome) -> Iterator[str]:
@@ -17,18 +21,22 @@ def transform_lines(outcome: Outcome) -> Iterator[str]:
         for report in row.sites:
             if len(row.sites) > 1:
                 yield f"  {report.transformation.partition('(')[0]}: {len(report.applied)} of {report.found} sites"
-            for refusal in report.refused[:ONE_LINE]:
-                yield f"  refused {refusal.site}: {refusal.reason}"
-            if len(report.refused) > ONE_LINE:
-                yield f"  and {len(report.refused) - ONE_LINE} more refusals (--json has them all)"
+            yield from (f"  {line}" for line in refusals(report))
+    yield from memory_lines(outcome)
+
+
+def refusals(report: Report) -> Iterator[str]:
+    """What a transformation left as it was and why: the first few sites, and how many more."""
+    for refusal in report.refused[:ONE_LINE]:
+        yield f"refused {refusal.site}: {refusal.reason}"
+    if len(report.refused) > ONE_LINE:
+        yield f"and {len(report.refused) - ONE_LINE} more refusals (--json has them all)"
 
 
 def infer_lines(outcome: Outcome) -> Iterator[str]:
     """Question and answer, then one line a recipe with its time."""
-    experiment, base = outcome.experiment, outcome.rows[0]
-    yield f"Context: {experiment.context}"
-    yield f"Question: {experiment.question}"
-    yield f"Answer: {base.answer or '(none in this context)'}"
+    base = outcome.rows[0]
+    yield from (f"{label}: {text}" for label, text in asked(outcome))
     yield ""
     for row in outcome.rows:
         if row.latency is None:
@@ -38,21 +46,65 @@ def infer_lines(outcome: Outcome) -> Iterator[str]:
         if row.speedup is not None:
             line += f"; {sites(row)}; {difference(row)}; {ratio(row.speedup)}"
         if row.answer != base.answer:
-            line += f"; ANSWERS OTHERWISE: {row.answer or '(none)'}"
+            line += f"; {otherwise(row)}"
         yield line
-    if (noise := outcome.noise) is not None:
-        yield (
-            f"Base against itself: {noise.estimate:.3f} ({noise.low:.3f} to {noise.high:.3f}), {base.rounds} rounds; a"
-            " difference below this is none"
-        )
-    yield from outcome.remarks
+    yield from timing_lines(outcome)
     if not outcome.experiment.evaluate:
         yield from effect_lines(outcome)
 
 
+def asked(outcome: Outcome) -> list[tuple[str, str]]:
+    """What was asked, and what Base answered, each with its label."""
+    experiment, answer = outcome.experiment, outcome.rows[0].answer
+    return [
+        ("Context", experiment.context),
+        ("Question", experiment.question),
+        ("Answer", answer or "(none in this context)"),
+    ]
+
+
+def otherwise(row: Row) -> str:
+    """The answer of a row that is not Base's."""
+    return f"ANSWERS OTHERWISE: {row.answer or '(none)'}"
+
+
+def memory_lines(outcome: Outcome) -> Iterator[str]:
+    """The memory that Base needs, and that rows need otherwise."""
+    base, *others = outcome.rows
+    if base.memory is not None:
+        yield f"Base: {memory(base.memory)}"
+    for row in others:
+        if row.memory is not None and row.memory != base.memory and not row.unchanged:
+            yield f"{row.name}: {memory(row.memory)}"
+
+
+def memory(found: Memory) -> str:
+    """Weights, and the most that a call holds."""
+    return f"weights {found.weights / 2**20:,.1f} MiB, at most {found.peak / 2**20:,.1f} MiB in a call of 8 long texts"
+
+
+def share_lines(outcome: Outcome) -> Iterator[str]:
+    """What share of the machine's measured peak an inference reaches, where that was measured."""
+    for row in outcome.rows:
+        if row.share_of_peak is not None:
+            yield f"{row.name}: {row.share_of_peak:.0%} of what the machine reaches in fp32"
+
+
+def timing_lines(outcome: Outcome) -> Iterator[str]:
+    """What the machine calls a difference where there is none, and what else a reader of the times should know."""
+    if (noise := outcome.noise) is not None:
+        rounds = outcome.rows[0].rounds
+        yield (
+            f"Base against itself: {noise.estimate:{TIMES}} ({between(noise, TIMES)}), {rounds} rounds; a difference"
+            " below this is none"
+        )
+    yield from share_lines(outcome)
+    yield from outcome.remarks
+
+
 def evaluate_lines(outcome: Outcome) -> Iterator[str]:
     """For each recipe scores and speed, and whether quality held."""
-    yield f"Data set: {outcome.dataset}, {outcome.samples} questions"
+    yield data_line(outcome)
     for row in outcome.rows:
         if row.quality is None:
             continue
@@ -63,7 +115,7 @@ def evaluate_lines(outcome: Outcome) -> Iterator[str]:
         line += f", {row.samples_per_second:.2f} samples/s, latency {1000 / row.samples_per_second:.2f} ms"
         if row.quality.changed_answers is None:
             yield line
-            yield from _base_lines(row, row.quality)
+            yield from (f"  {each}" for each in base_lines(row, row.quality))
             continue
         yield f"{line}; {row.quality.changed_answers} answers changed; {held(row.quality)}; {speed(row)}"
         if row.alarm:
@@ -71,17 +123,23 @@ def evaluate_lines(outcome: Outcome) -> Iterator[str]:
     yield from effect_lines(outcome)
 
 
-def _base_lines(row: Row, quality: Quality) -> Iterator[str]:
+def data_line(outcome: Outcome) -> str:
+    """The questions that were answered."""
+    return f"Data set: {outcome.dataset}, {outcome.samples} questions"
+
+
+def base_lines(row: Row, quality: Quality) -> Iterator[str]:
+    """What is told of Base alone: scores by kind of question, the best thresholds, where the time went."""
     if quality.has_answer_f1 is not None and quality.no_answer_f1 is not None:
         has, none = quality.has_answer_exact, quality.no_answer_exact
-        yield f"  with an answer: F1 {quality.has_answer_f1:.2f}, exact {has:.2f}; without: {none:.2f}"
+        yield f"with an answer: F1 {quality.has_answer_f1:.2f}, exact {has:.2f}; without: {none:.2f}"
     yield (
-        f"  best null threshold: {quality.best_f1_threshold:.2f} with F1 {quality.best_f1:.2f},"
+        f"best null threshold: {quality.best_f1_threshold:.2f} with F1 {quality.best_f1:.2f},"
         f" {quality.best_exact_threshold:.2f} with exact {quality.best_exact:.2f}"
     )
     if (work := row.work) is not None:
         yield (
-            f"  {row.tokens_per_second:.0f} tokens/s, {work.padding_share:.1%} of those computed padding; seconds:"
+            f"{row.tokens_per_second:.0f} tokens/s, {work.padding_share:.1%} of those computed padding; seconds:"
             f" tokenise {work.tokenise:.1f}, model {work.model:.1f}, extract {work.extract:.1f}, score {work.score:.1f}"
         )
 
@@ -133,8 +191,8 @@ TITLES = {"transform": "Transformations", "infer": "Inference", "map": "Regime m
 
 
 def stages(outcome: Outcome) -> list[str]:
-    """The stages that an experiment was asked for."""
-    return [stage for stage in LINES if getattr(outcome.experiment, stage)]
+    """The stages that an experiment was asked for; none where it ended before it had a row."""
+    return [stage for stage in LINES if outcome.rows and getattr(outcome.experiment, stage)]
 
 
 def stage_lines(stage: str, outcome: Outcome, show_changes: bool = False) -> Iterator[str]:
@@ -145,11 +203,36 @@ def stage_lines(stage: str, outcome: Outcome, show_changes: bool = False) -> Ite
         yield from change_lines(outcome)
 
 
+def answer_lines(outcome: Outcome) -> Iterator[str]:
+    """The answer in a sentence, where recipes were measured."""
+    if compared(outcome):
+        yield headline(outcome).sentence
+
+
+def compared(outcome: Outcome) -> bool:
+    """Whether an experiment was asked to hold recipes against Base."""
+    return outcome.experiment.transform and (outcome.experiment.infer or outcome.experiment.evaluate)
+
+
 def entry_line(entry: Entry, outcome: Outcome) -> str:
     """One experiment of a listing."""
+    return f"{entry.number}  {entry.started}  {subject(outcome)}: {state(entry, outcome)}: {entry.command}"
+
+
+def subject(outcome: Outcome) -> str:
+    """What an experiment is about: a model, and the data set if there is one."""
     on = f" on {outcome.dataset}, {outcome.samples} questions" if outcome.dataset else ""
-    state = f"{entry.state}, {len(outcome.rows)} rows" if outcome.rows else entry.state
-    return f"{entry.number}  {entry.started}  {outcome.experiment.model}{on}: {state}: {entry.command}"
+    return f"{outcome.experiment.model}{on}"
+
+
+def state(entry: Entry, outcome: Outcome) -> str:
+    """What became of an experiment, and how many rows it has."""
+    return f"{entry.state}, {len(outcome.rows)} rows" if outcome.rows else entry.state
+
+
+def machine(outcome: Outcome) -> str:
+    """What an experiment ran on."""
+    return ", ".join(f"{name} {value}" for name, value in outcome.machine.items())
 
 
 def held(quality: Quality) -> str:
@@ -157,7 +240,7 @@ def held(quality: Quality) -> str:
     found = quality.f1_difference
     if found is None:
         return "not compared"
-    interval = f"F1 {found.estimate:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+    interval = f"F1 {found.estimate:{POINTS}} ({between(found, POINTS)})"
     if found.verdict == "cannot tell":
         return f"{interval}: cannot tell whether {quality.margin:g} of Base's is kept"
     return f"{interval}: {found.verdict} than {quality.margin:g} of Base's"
@@ -172,14 +255,15 @@ def speed(row: Row) -> str:
 
 def sites(row: Row) -> str:
     """How many sites were applied of those found."""
-    found, applied = (sum(numbers) for numbers in zip(*_counts(row), strict=True))
-    if found == 0:
+    if not (applied := applied_of(row.sites)):
         return "no sites, the graph stays the same"
-    return f"{applied} of {found} sites" + ("" if applied else ", the graph stays the same")
+    return f"{applied} sites" + ("" if any(report.applied for report in row.sites) else ", the graph stays the same")
 
 
-def _counts(row: Row) -> list[tuple[int, int]]:
-    return [(report.found, len(report.applied)) for report in row.sites]
+def applied_of(reports: Sequence[Report]) -> str:
+    """The number of sites applied and that of those found; nothing where none were found."""
+    found = sum(report.found for report in reports)
+    return f"{sum(len(report.applied) for report in reports)} of {found}" if found else ""
 
 
 def difference(row: Row) -> str:
@@ -201,4 +285,9 @@ def promise(row: Row) -> str:
 
 def ratio(found: Ratio) -> str:
     """A ratio with its interval and verdict."""
-    return f"{found.estimate:.3f} times Base's speed ({found.low:.3f} to {found.high:.3f}): {found.verdict}"
+    return f"{found.estimate:{TIMES}} times Base's speed ({between(found, TIMES)}): {found.verdict}"
+
+
+def between(found: Interval, form: str) -> str:
+    """The ends of an interval."""
+    return f"{found.low:{form}} to {found.high:{form}}"

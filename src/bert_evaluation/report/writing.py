@@ -1,4 +1,7 @@
-"""How text and numbers are written on the page. What a data set brings is cleaned here, and escaped by jinja2."""
+"""How text, numbers and verdicts are written on the page and in tables.
+
+What a data set brings is cleaned here; on the page jinja2 escapes it.
+"""
 
 import math
 import re
@@ -10,8 +13,19 @@ from markupsafe import Markup, escape
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
 )
+STEP = re.compile(r"(?<=\+)(?=[A-Za-z_])")
 HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 LONGEST = 600  # characters shown of a text that a data set brings
+TONES = {
+    "faster": "good",
+    "kept": "good",
+    "not worse": "good",
+    "slower": "bad",
+    "broken": "bad",
+    "worse": "bad",
+    "helps": "good",
+    "harms": "bad",
+}
 
 
 def clean(value: Any) -> Any:
@@ -29,7 +43,7 @@ def breaks(text: str) -> Markup:
 
 def _steps(name: re.Match[str]) -> str:
     """A composed name that breaks between its steps, and within a step only where one alone is too long."""
-    steps = re.split(r"(?<=\+)(?=[A-Za-z_])", HUMP.sub("<wbr>", name[0]))
+    steps = STEP.split(HUMP.sub("<wbr>", name[0]))
     if len(steps) == 1:
         return steps[0]
     return "<wbr>".join(f'<span class="step">{step}</span>' for step in steps)
@@ -60,3 +74,8 @@ def sortable(value: float | None) -> str:
 def signed(value: float) -> str:
     """A difference, with a true minus."""
     return f"{value:+.2f}".replace("-", "−")
+
+
+def tone(verdict: str) -> str:
+    """How a verdict is coloured: good, bad, or open."""
+    return TONES.get(verdict, "open")
