@@ -186,4 +186,4 @@ def test_conditions_are_stored_with_the_outcome_and_old_outcomes_have_none():
     assert as_json(load(entry))["conditions"]["power_w"] == 50
     older = entry.outcome.replace(', "conditions": ' + dump(outcome)[0].partition('"conditions": ')[2], "}")
     assert "conditions" not in older
-    assert load(replace(entry, outcome=older)).conditions is None
+    assert load(replace(entry, outcome=older)).conditions == {}

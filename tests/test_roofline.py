@@ -134,9 +134,9 @@ def test_a_store_from_before_gets_the_table(tmp_path, monkeypatch):
     with monkeypatch.context() as earlier:
         earlier.setattr(database, "MIGRATIONS", database.MIGRATIONS[:1])
         Store(file).__exit__()
-    assert "rooflines" not in {name for (name,) in sqlite3.connect(file).execute("SELECT name FROM sqlite_master")}
+    assert "measured" not in {name for (name,) in sqlite3.connect(file).execute("SELECT name FROM sqlite_master")}
     with Store(file) as store:
-        assert store.roofline("key", lambda: "{}")[0] == "{}"
+        assert store.measured("key", lambda: "{}")[0] == "{}"
 
 
 def test_what_a_model_reaches(quick, bert):

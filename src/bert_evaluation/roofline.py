@@ -26,7 +26,7 @@ from bert_evaluation.measurement import timed
 from bert_evaluation.stats import Interval, median
 from bert_evaluation.store import Store
 
-aten, onednn = torch.ops.aten, torch.ops.onednn
+aten = torch.ops.aten
 Precision = Literal["fp32", "bf16", "int8"]
 Call = Callable[[], Any]
 
@@ -215,10 +215,10 @@ def _quantized(x: Tensor, weight: Tensor) -> Call:
 
 
 def _qlinear(x: Tensor, weight: Tensor) -> Call:
-    numbers, packed = x.to(torch.uint8), onednn.qlinear_prepack(weight.to(torch.int8), list(x.shape))
+    numbers, packed = x.to(torch.uint8), torch.ops.onednn.qlinear_prepack(weight.to(torch.int8), list(x.shape))
     scales, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
     none: list[Any] = []
-    return lambda: onednn.qlinear_pointwise(
+    return lambda: torch.ops.onednn.qlinear_pointwise(
         numbers, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", none, ""
     )
 
