@@ -25,7 +25,7 @@ AGAIN = "Base again"  # the first variant under another name: what a difference 
 
 @dataclass(frozen=True)
 class Plan:
-    """When to stop: once every ratio's interval is within ± `precision`, or at `time_limit` seconds.
+    """When to stop: once every ratio's interval is within ± `precision`, or `time_limit` seconds after the warm-up.
 
     `rounds` stands for exactly so many instead. `warm_up` calls of each come first, or None for as many as it takes
     for the median to settle.
@@ -167,9 +167,10 @@ def sample(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Measurement:
     """Rounds of calls, each of every name and of the first one again, in random order; `call` returns seconds."""
-    start, order = clock(), random.Random(seed)  # noqa: S311
+    order = random.Random(seed)  # noqa: S311
     first_calls = {name: call(name) for name in names}
     _warm_up(call, names, plan)
+    start = clock()
     turns = {AGAIN: names[0], **{name: name for name in names}}
     seconds = {turn: list[float]() for turn in turns}
     while True:
