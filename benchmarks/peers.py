@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,7 +74,7 @@ def main(
     except BertEvaluationError as error:
         raise SystemExit(str(error)) from None
     means = _rows(_geometric_means(measured), variants)
-    _print(f"Geometric mean of {len(sizes)} shapes", means)
+    _print("Geometric mean over the shapes", means)
     if json_file is not None:
         result |= {"shapes": shape_results, "geometric_mean": means}
         json_file.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -112,7 +113,8 @@ def _peers(subject: Subject, skip: tuple[str, ...], original: Path | None) -> di
             print(f"{name} is left out: {package} is not installed (pip install '.[peers]').", file=sys.stderr)
             continue
         print(f"preparing {name}", file=sys.stderr)
-        found[name] = make(subject, precision)
+        with redirect_stdout(sys.stderr):  # the output is the tables alone
+            found[name] = make(subject, precision)
     if original is None:
         print("The original stack is left out: no interpreter with it was given (--original).", file=sys.stderr)
     else:
