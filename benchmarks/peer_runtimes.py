@@ -55,7 +55,7 @@ class Subject:
 
     @cached_property
     def fused(self) -> Path:
-        """The ONNX file after ONNX Runtime's optimizer for BERT, which fuses normalisation and GELU, and attention if it finds it."""
+        """The ONNX file after ONNX Runtime's optimizer for BERT: normalisation and GELU fused, attention if found."""
         from onnxruntime.transformers.optimizer import optimize_model
 
         config, file = self.model.config, self.folder / "fused.onnx"
