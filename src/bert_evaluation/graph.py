@@ -13,6 +13,13 @@ from torch.utils import _pytree as pytree  # no public name for what export and 
 
 GraphModule = fx.GraphModule
 Node = fx.Node
+aten = torch.ops.aten
+
+OFF_AT_EVAL = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+# They may return an argument itself, and their schemas do not say so.
+SILENT_ALIASES = (*OFF_AT_EVAL, aten.type_as.default)
+# They return whatever lay in the memory.
+UNDEFINED = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
 
 
 def calls(graph: GraphModule, *targets: Any) -> Iterator[Node]:
@@ -107,6 +114,32 @@ def is_mutable(node: Node) -> bool:
     return bool(schema is not None and schema.is_mutable)
 
 
+def is_random(node: Node) -> bool:
+    """Whether the node may draw random numbers. Dropout that is switched off draws none."""
+    off = node.target in OFF_AT_EVAL and node.args[2:] == (False,)
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not off
+
+
+def is_pure(node: Node) -> bool:
+    """Whether all that the node does is to return what its arguments determine."""
+    if node.target is aten.detach_.default:  # it tells autograd something and writes into no tensor
+        return True
+    known = hasattr(node.target, "_schema") or getattr(node.target, "__module__", None) in ("_operator", "math")
+    undefined = getattr(node.target, "overloadpacket", None) in UNDEFINED
+    return known and not undefined and not is_mutable(node) and not is_random(node)
+
+
+def memory(node: Node) -> Node | str:
+    """Whose memory a node's result may share: the node that made it, or the name of the stored tensor."""
+    root = _root(node)
+    return str(root.target) if root.op == "get_attr" else root
+
+
+def writes(node: Node) -> set[Node | str]:
+    """The memory (see `memory`) that a node may write into."""
+    return set() if is_pure(node) or not is_mutable(node) else {memory(source) for source in node.all_input_nodes}
+
+
 def _describe(value: Any, number: dict[Node, int], graph: nn.Module) -> str:
     if isinstance(value, Node):
         return f"%{number[value]}"
@@ -134,6 +167,12 @@ def _describe_target(node: Node, graph: nn.Module) -> str:
     return str(target)
 
 
+def description(node: Node, number: dict[Node, int], graph: GraphModule) -> str:
+    """What a node calls and with what; the nodes that it reads are told by their numbers, literals with their types."""
+    arguments = _describe([list(node.args), dict(node.kwargs)], number, graph)
+    return f"{node.op} {_describe_target(node, graph)} {arguments}"
+
+
 def graph_hash(graph: GraphModule) -> str:
     """A hash of what the graph computes with: operators, arguments, names, shapes and types of its parameters.
 
@@ -142,8 +181,7 @@ def graph_hash(graph: GraphModule) -> str:
     number: dict[Node, int] = {}
     lines = []
     for node in graph.graph.nodes:
-        arguments = _describe([list(node.args), dict(node.kwargs)], number, graph)
-        lines.append(f"{node.op} {_describe_target(node, graph)} {arguments}")
+        lines.append(description(node, number, graph))
         number[node] = len(number)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -194,7 +232,7 @@ def _root(node: Node) -> Node:
 def is_alias(node: Node) -> bool:
     """Whether the operator may return its first argument, or a view of it, rather than new memory."""
     schema = getattr(node.target, "_schema", None)
-    if node.target is torch.ops.aten.dropout.default:  # its schema does not say that eval mode returns the input
+    if node.target in SILENT_ALIASES:
         return True
     return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
@@ -203,9 +241,9 @@ def shared_outputs(graph: GraphModule) -> set[tuple[int, str]]:
     """Which outputs share memory with which earlier output (`output 0`), input or parameter."""
     leaves: list[Node] = []
     fx.map_arg(graph.graph.output_node().args, leaves.append)
-    roots = [_root(leaf) for leaf in leaves]
-    shared = {(i, f"output {roots.index(root)}") for i, root in enumerate(roots) if roots.index(root) < i}
-    return shared | {(i, root.name) for i, root in enumerate(roots) if root.op in ("placeholder", "get_attr")}
+    held = [memory(leaf) for leaf in leaves]
+    shared = {(i, f"output {held.index(each)}") for i, each in enumerate(held) if held.index(each) < i}
+    return shared | {(i, str(each)) for i, each in enumerate(held) if isinstance(each, str) or each.op == "placeholder"}
 
 
 def output_tensors(output: Any) -> list[Tensor]:
@@ -217,7 +255,7 @@ def in_double(graph: GraphModule) -> GraphModule:
     """A copy of the graph that computes in float64 what the graph computes in float32."""
     twin = copy.deepcopy(graph).double()
     for node in list(twin.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.target is aten._assert_tensor_metadata.default:
             twin.graph.erase_node(node)
             continue
         node.args, node.kwargs = _doubled(node.args), _doubled(node.kwargs)

@@ -5,8 +5,10 @@ from bert_evaluation.transformation import ReversibleTransformation, Transformat
 from bert_evaluation.transformations.arithmetic import ChangeTrueDivToMulByInverse
 from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, FuseBatchNorm2dInConv2d
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
+from bert_evaluation.transformations.constants import FoldConstants
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
+from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
 
 REGISTRY: tuple[type[Transformation], ...] = (
     LintAndRecompile,
@@ -17,6 +19,8 @@ REGISTRY: tuple[type[Transformation], ...] = (
     RemoveDropout,
     FuseBatchNorm1dInLinear,
     FuseBatchNorm2dInConv2d,
+    FoldConstants,
+    EliminateCommonSubexpressions,
     FuseLinearActivation,
     FuseResidual,
     PackLinears,
@@ -35,6 +39,8 @@ __all__ = [
     "REGISTRY",
     "ChangeTrueDivToMulByInverse",
     "DeepCopy",
+    "EliminateCommonSubexpressions",
+    "FoldConstants",
     "FuseBatchNorm1dInLinear",
     "FuseBatchNorm2dInConv2d",
     "FuseBiasInLinear",
