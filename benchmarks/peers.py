@@ -30,7 +30,7 @@ from bert_evaluation.device import machine
 from bert_evaluation.errors import BertEvaluationError, UsageError
 from bert_evaluation.measurement import Measurement, Plan, sample
 from bert_evaluation.stats import median, speedup
-from bert_evaluation.transformations import REGISTRY, parse_recipe
+from bert_evaluation.transformations import PRESETS, REGISTRY, parse_recipe
 
 BASE = "eager fp32"
 PRECISIONS = ("fp32", "bf16", "int8")
@@ -129,7 +129,7 @@ def _ours(model: nn.Module, recipes: Sequence[str]) -> dict[str, Peer]:
         name, _, precision = label.partition("@")
         if not equals or (precision or "fp32") not in PRECISIONS:
             raise UsageError(f"{text!r} is not NAME=RECIPE or NAME@PRECISION=RECIPE, of {', '.join(PRECISIONS)}.")
-        found[name] = Graph(parse_recipe(recipe, REGISTRY)(graphs.fork(base)), precision or "fp32")
+        found[name] = Graph(parse_recipe(recipe, REGISTRY, PRESETS)(graphs.fork(base)), precision or "fp32")
     return found
 
 

@@ -8,7 +8,7 @@ from bert_evaluation import graph as graphs
 from bert_evaluation.errors import TransformationError, UsageError
 from bert_evaluation.recipe import ReversibleRecipe, parse_recipe
 from bert_evaluation.transformation import Approximates, Reassociates, Site, Transformation, history
-from bert_evaluation.transformations import REGISTRY, MergeLinears, RemoveDropout
+from bert_evaluation.transformations import PRESETS, REGISTRY, MergeLinears, RemoveDropout
 
 aten = torch.ops.aten
 
@@ -116,3 +116,15 @@ def test_marks(bert_graph):
         remove.mark_as_restored(node)
     remove.mark_as_transformed(node)
     assert remove.transformed(node)
+
+
+def test_a_preset_is_its_steps_under_its_name():
+    exact = parse_recipe("exact", REGISTRY, PRESETS)
+    assert exact.name == "exact"
+    assert [type(step) for step in exact.steps] == list(PRESETS["exact"])
+    assert parse_recipe(repr(exact), REGISTRY).signature == exact.signature
+    more = parse_recipe("exact + DeepCopy", REGISTRY, PRESETS)
+    assert len(more.steps) == len(exact.steps) + 1
+    assert more.name.endswith("PackLinears+DeepCopy")
+    with pytest.raises(UsageError, match="exact"):
+        parse_recipe("exakt", REGISTRY, PRESETS)

@@ -12,12 +12,12 @@ from bert_evaluation.device import choose_device, machine
 from bert_evaluation.errors import InterruptedRunError, UsageError
 from bert_evaluation.evaluating import evaluate
 from bert_evaluation.outcome import Experiment, Outcome, dump
-from bert_evaluation.recipe import Recipe, parse_recipe
+from bert_evaluation.recipe import Recipe
 from bert_evaluation.rows import Row
 from bert_evaluation.squad.dataset import Dataset, sample
 from bert_evaluation.stages import Listener, Run
 from bert_evaluation.store import Store
-from bert_evaluation.transformations import REGISTRY, original_recipes
+from bert_evaluation.transformations import recipes
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def run(
     What each stage brings is kept in the store when it ends, what an evaluation brings after every batch. Raises
     InterruptedRunError for Ctrl-C, which says what is kept.
     """
-    recipes = _recipes(experiment)
+    asked = recipes(experiment.recipes) if experiment.transform else ()
     device = choose_device(experiment.device)
     data = _questions(experiment) if experiment.evaluate else None
     model, tokenizer = load(experiment.model, device)
@@ -52,7 +52,7 @@ def run(
     outcome = replace(outcome, number=store.begin(command, dump(outcome)[0]))
     state, shared = "failed", Run(experiment, store, listener, model, tokenizer, device, outcome)
     try:
-        outcome = _stages(shared, recipes, data)
+        outcome = _stages(shared, asked, data)
         state = "finished"
     except KeyboardInterrupt:
         state = "interrupted"
@@ -62,9 +62,9 @@ def run(
     return outcome
 
 
-def _stages(run: Run, recipes: tuple[Recipe, ...], data: Dataset | None) -> Outcome:
+def _stages(run: Run, asked: tuple[Recipe, ...], data: Dataset | None) -> Outcome:
     experiment, outcome = run.experiment, run.outcome
-    variants, rows = stages.transform(run, recipes)
+    variants, rows = stages.transform(run, asked)
 
     def done(stage: str, rows: tuple[Row, ...]) -> Outcome:
         result = replace(outcome, rows=rows)
@@ -109,12 +109,6 @@ def _kept(experiment: Experiment, store: Store) -> str:
         return "Interrupted: the stages printed so far are complete."
     again = "without --fresh the same command goes on" if experiment.fresh else "the same command goes on"
     return f"Interrupted: what was done so far is kept in {store.file}; {again} from there."
-
-
-def _recipes(experiment: Experiment) -> tuple[Recipe, ...]:
-    if not experiment.transform:
-        return ()
-    return tuple(parse_recipe(text, REGISTRY) for text in experiment.recipes) or original_recipes()
 
 
 def _questions(experiment: Experiment) -> Dataset:

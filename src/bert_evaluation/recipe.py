@@ -2,6 +2,8 @@
 
 import ast
 import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from bert_evaluation import graph as graphs
@@ -20,9 +22,10 @@ from bert_evaluation.transformation import (
 class Recipe(Transformation):
     """Transformations applied in order. With `inplace=False` the graph given stays as it was and a fork is returned."""
 
-    def __init__(self, steps: tuple[Transformation, ...], inplace: bool = True) -> None:
+    def __init__(self, steps: tuple[Transformation, ...], inplace: bool = True, title: str = "") -> None:
         self._steps = steps
         self._inplace = inplace
+        self._title = title
 
     @property
     def steps(self) -> tuple[Transformation, ...]:
@@ -36,8 +39,8 @@ class Recipe(Transformation):
 
     @property
     def name(self) -> str:
-        """The steps' names, as in `RemoveDropout+MergeLinears`."""
-        return "+".join(step.name for step in self._steps)
+        """The steps' names, as in `RemoveDropout+MergeLinears`, or the name of the preset that it is."""
+        return self._title or "+".join(step.name for step in self._steps)
 
     def __repr__(self) -> str:
         return "+".join(repr(step) for step in self._steps)
@@ -87,17 +90,23 @@ class ReversibleRecipe(Recipe, ReversibleTransformation):
         return graph_module
 
 
-def compose(*transformations: Transformation, inplace: bool = True) -> Recipe:
-    """One transformation out of several, applied first to last; reversible if all of them are."""
+def compose(*transformations: Transformation, inplace: bool = True, title: str = "") -> Recipe:
+    """One transformation out of several, applied first to last; reversible if all of them are. `title` is its name."""
     steps = tuple(step for item in transformations for step in (item.steps if isinstance(item, Recipe) else (item,)))
     reversible = all(isinstance(step, ReversibleTransformation) for step in steps)
-    return (ReversibleRecipe if reversible else Recipe)(steps, inplace)
+    return (ReversibleRecipe if reversible else Recipe)(steps, inplace, title)
 
 
-def parse_recipe(text: str, registry: tuple[type[Transformation], ...]) -> Recipe:
+Presets = Mapping[str, tuple[type[Transformation], ...]]
+
+
+def parse_recipe(
+    text: str, registry: tuple[type[Transformation], ...], presets: Presets = MappingProxyType({})
+) -> Recipe:
     """The recipe that a text such as `RemoveDropout+MergeLinears()` names; `repr` of a recipe reads back.
 
-    Raises UsageError for a name that is not in the registry (with the nearest ones) and for what is not a recipe.
+    A preset's name stands for its steps, alone or among others. Raises UsageError for a name that is not in the
+    registry (with the nearest ones) and for what is not a recipe.
     """
     try:
         terms = _terms(ast.parse(text.strip(), mode="eval").body)
@@ -113,7 +122,14 @@ def parse_recipe(text: str, registry: tuple[type[Transformation], ...]) -> Recip
         raise UsageError(
             f"{text!r} is not a recipe; write names joined by +, such as RemoveDropout+MergeLinears."
         ) from None
-    return compose(*(_make(name, arguments, registry) for name, arguments in parsed))
+    steps = [
+        step
+        for name, arguments in parsed
+        for step in (
+            [kind() for kind in presets[name]] if name in presets else [_make(name, arguments, registry, presets)]
+        )
+    ]
+    return compose(*steps, title=text.strip() if text.strip() in presets else "")
 
 
 def _terms(tree: ast.expr) -> list[ast.expr]:
@@ -128,12 +144,14 @@ def _name(tree: ast.expr) -> str:
     return tree.id
 
 
-def _make(name: str, arguments: dict[str, Any], registry: tuple[type[Transformation], ...]) -> Transformation:
+def _make(
+    name: str, arguments: dict[str, Any], registry: tuple[type[Transformation], ...], presets: Presets
+) -> Transformation:
     known = {kind.__name__: kind for kind in registry}
     if name not in known:
-        lower = {each.lower(): each for each in known}
+        lower = {each.lower(): each for each in (*known, *presets)}
         near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.4)]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}."
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join((*known, *presets))}."
         raise UsageError(f"There is no transformation {name!r}; {hint}")
     try:
         return known[name](**arguments)

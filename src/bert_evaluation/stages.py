@@ -81,7 +81,7 @@ def transform(run: Run, recipes: tuple[Recipe, ...]) -> tuple[Variants, tuple[Ro
     for recipe in recipes:
         own = compose(*recipe.steps, inplace=False)
         graph = own(base)
-        name = f"{BASE}+{own.name}"
+        name = f"{BASE}+{recipe.name}"
         made[name] = graph
         rows.append(
             Row(

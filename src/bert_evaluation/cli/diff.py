@@ -33,15 +33,14 @@ def diff(
     from bert_evaluation.capturing import capture
     from bert_evaluation.checkpoints import load
     from bert_evaluation.listing import listing, step_diffs
-    from bert_evaluation.recipe import parse_recipe
-    from bert_evaluation.transformations import REGISTRY, original_recipes
+    from bert_evaluation.transformations import recipes
 
-    recipes = tuple(parse_recipe(text, REGISTRY) for text in recipe or ()) or original_recipes()
+    chosen = recipes(recipe or ())
     graph = capture(load(model)[0])
     output = console()
     if full:
         _print(output, _heading("Base, the whole graph"), _python(listing(graph)))
-    for each in recipes:
+    for each in chosen:
         steps = step_diffs(graph, each, context)
         _print(output, _heading(f"Base+{each.name}"), *(line for step in steps for line in _lines(step)))
         if full:

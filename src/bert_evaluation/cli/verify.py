@@ -39,12 +39,11 @@ def verify(
     from bert_evaluation.checkpoints import load, load_dataset
     from bert_evaluation.device import choose_device
     from bert_evaluation.probes import TextProbes, parse_shape
-    from bert_evaluation.recipe import parse_recipe
     from bert_evaluation.report import tables
-    from bert_evaluation.transformations import REGISTRY, original_recipes
+    from bert_evaluation.transformations import recipes
     from bert_evaluation.verification import observe
 
-    recipes = tuple(parse_recipe(text, REGISTRY) for text in recipe or ()) or original_recipes()
+    chosen = recipes(recipe or ())
     target = choose_device(device)
     asked = None if probe is None else parse_shape(probe)
     data = load_dataset(dataset) if (questions if asked is None else asked.question) else None
@@ -55,7 +54,7 @@ def verify(
     options = ["--model", model, "--dataset", dataset, "--seed", str(seed), "--device", str(target)]
 
     checks = []
-    for each in recipes:
+    for each in chosen:
         for check in verify_steps(reference, each, options):
             show(_lines(check), tables.whole(_lines(check)))
             checks.append(check)

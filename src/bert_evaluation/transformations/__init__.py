@@ -1,6 +1,8 @@
 """The transformations, and the one registry of them."""
 
-from bert_evaluation.recipe import Recipe, compose, parse_recipe
+from collections.abc import Iterable
+
+from bert_evaluation.recipe import Presets, Recipe, compose, parse_recipe
 from bert_evaluation.transformation import ReversibleTransformation, Transformation
 from bert_evaluation.transformations.arithmetic import ChangeTrueDivToMulByInverse
 from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, FuseBatchNorm2dInConv2d
@@ -29,6 +31,25 @@ REGISTRY: tuple[type[Transformation], ...] = (
 ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMulByInverse, RemoveDropout)
 
 
+# Named recipes, for `--recipe exact`. What a device has no kernels for is refused there and left as it is.
+PRESETS: Presets = {
+    "exact": (
+        RemoveDropout,
+        FoldConstants,
+        EliminateCommonSubexpressions,
+        MergeLinears,
+        FuseLinearActivation,
+        FuseResidual,
+        PackLinears,
+    ),
+}
+
+
+def recipes(texts: Iterable[str]) -> tuple[Recipe, ...]:
+    """The recipes that texts name (see `parse_recipe`); those of the original script for no text."""
+    return tuple(parse_recipe(text, REGISTRY, PRESETS) for text in texts) or original_recipes()
+
+
 def original_recipes() -> tuple[Recipe, ...]:
     """The recipes of the original script: each of its transformations alone, then all of them."""
     return (*(compose(kind()) for kind in ORIGINAL), compose(*(kind() for kind in ORIGINAL)))
@@ -36,6 +57,7 @@ def original_recipes() -> tuple[Recipe, ...]:
 
 __all__ = [
     "ORIGINAL",
+    "PRESETS",
     "REGISTRY",
     "ChangeTrueDivToMulByInverse",
     "DeepCopy",
@@ -56,4 +78,5 @@ __all__ = [
     "compose",
     "original_recipes",
     "parse_recipe",
+    "recipes",
 ]
