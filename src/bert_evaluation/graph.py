@@ -179,14 +179,24 @@ def propagate(node: Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)
 
 
-def _root(node: Node) -> Node:
+def memory(node: Node) -> Node:
     """The node whose memory this one's result may share: itself, unless it is a view or passes its input on."""
-    if node.op != "call_function" or not node.args:
-        return node
-    source = node.args[0]
-    if isinstance(source, Node) and (node.target is operator.getitem or is_alias(node)):
-        return _root(source)
+    while node.op == "call_function" and node.args and (node.target is operator.getitem or is_alias(node)):
+        if not isinstance(source := node.args[0], Node):
+            break
+        node = source
     return node
+
+
+def overwritten(node: Node) -> list[Node]:
+    """The nodes whose memory this one writes into."""
+    schema = getattr(node.target, "_schema", None)
+    written: list[Node] = []
+    for index, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            fx.map_arg(value, lambda source: written.append(memory(source)))
+    return written
 
 
 def is_alias(node: Node) -> bool:
@@ -201,7 +211,7 @@ def shared_outputs(graph: GraphModule) -> set[tuple[int, str]]:
     """Which outputs share memory with which earlier output (`output 0`), input or parameter."""
     leaves: list[Node] = []
     fx.map_arg(graph.graph.output_node().args, leaves.append)
-    roots = [_root(leaf) for leaf in leaves]
+    roots = [memory(leaf) for leaf in leaves]
     shared = {(i, f"output {roots.index(root)}") for i, root in enumerate(roots) if roots.index(root) < i}
     return shared | {(i, root.name) for i, root in enumerate(roots) if root.op in ("placeholder", "get_attr")}
 
