@@ -117,7 +117,8 @@ class FuseAttention(KeepsTensors):
 
     def rewrite(self, graph: GraphModule, site: Site) -> Kept:
         """Put the one operator where the product with the values was."""
-        written, stored = _read(site.node), graphs.read_names(graph)
+        written = _read(site.node)
+        stored, read = graphs.tensors(graph), graphs.read_names(graph)
         replaced, split = written.result, written.split
         with graph.graph.inserting_before(replaced):
             bias = _bias(graph, written)
@@ -143,8 +144,7 @@ class FuseAttention(KeepsTensors):
                     found = _joined(graph, fused, written)
         replaced.replace_all_uses_with(found)
         discard(graph, replaced)
-        unread = stored - graphs.read_names(graph)  # what a scale was computed of
-        return {name: tensor for name in unread if (tensor := graphs.get_tensor(graph, name)) is not None}
+        return {name: stored[name] for name in read - graphs.read_names(graph)}  # what a scale was computed of
 
 
 def _read(softmax: Node) -> _Written:
