@@ -3,9 +3,12 @@
 from bert_evaluation.recipe import Recipe, compose, parse_recipe
 from bert_evaluation.transformation import ReversibleTransformation, Transformation
 from bert_evaluation.transformations.arithmetic import ChangeTrueDivToMulByInverse
+from bert_evaluation.transformations.attention import FuseAttention
+from bert_evaluation.transformations.attention_scale import FoldAttentionScale
 from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, FuseBatchNorm2dInConv2d
-from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
+from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout, ShareRepeated
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
+from bert_evaluation.transformations.masks import HoistMask
 
 REGISTRY: tuple[type[Transformation], ...] = (
     LintAndRecompile,
@@ -16,6 +19,10 @@ REGISTRY: tuple[type[Transformation], ...] = (
     RemoveDropout,
     FuseBatchNorm1dInLinear,
     FuseBatchNorm2dInConv2d,
+    FuseAttention,
+    FoldAttentionScale,
+    HoistMask,
+    ShareRepeated,
 )
 
 ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMulByInverse, RemoveDropout)
@@ -31,14 +38,18 @@ __all__ = [
     "REGISTRY",
     "ChangeTrueDivToMulByInverse",
     "DeepCopy",
+    "FoldAttentionScale",
+    "FuseAttention",
     "FuseBatchNorm1dInLinear",
     "FuseBatchNorm2dInConv2d",
     "FuseBiasInLinear",
+    "HoistMask",
     "LintAndRecompile",
     "MergeLinears",
     "Recipe",
     "RemoveDropout",
     "ReversibleTransformation",
+    "ShareRepeated",
     "Transformation",
     "compose",
     "original_recipes",

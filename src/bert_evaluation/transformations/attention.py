@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from bert_evaluation.transformations.written_attention import (
     Operand,
     argument,
     before_products,
+    broadcast,
     constant,
     discard,
     factor,
@@ -336,12 +337,5 @@ def _masked(graph: GraphModule, bias: Node | None, mask: _Mask, like: Tensor) ->
         node = graph.graph.call_function(aten.where.ScalarSelf, (mask.tensor, mask.fill, bias))
     else:
         node = graph.graph.call_function(aten.where.ScalarOther, (mask.tensor, bias, mask.fill))
-    node.meta["val"] = like.new_empty(tuple(_broadcast(bias.meta["val"].shape, mask.tensor.meta["val"].shape)))
+    node.meta["val"] = like.new_empty(broadcast(bias.meta["val"].shape, mask.tensor.meta["val"].shape))
     return node
-
-
-def _broadcast(one: Sequence[Any], other: Sequence[Any]) -> Iterator[Any]:
-    """The shape of what is made of these two. Their sizes are told apart as text, which fixes no symbol."""
-    rank = max(len(one), len(other))
-    for a, b in zip((*[1] * (rank - len(one)), *one), (*[1] * (rank - len(other)), *other), strict=True):
-        yield b if str(a) == "1" else a

@@ -145,7 +145,7 @@ class MergeLinears(ReversibleTransformation):
                 return "Their weights differ in type or device."
             if writer := written_between(linears[0], linears[-1]):
                 return f"{writer.name} writes in place between them."
-            if leaving := next((linear.name for linear in linears if _leaves(linear)), None):
+            if leaving := next((linear.name for linear in linears if leaves(linear)), None):
                 return f"{leaving} is an output of the graph; as a slice it would share memory with the others."
         return None
 
@@ -191,9 +191,9 @@ def _by_input(linears: Iterable[Node]) -> list[list[Node]]:
     return list(groups.values())
 
 
-def _leaves(node: Node) -> bool:
+def leaves(node: Node) -> bool:
     """Whether the node, or a view of it, is an output of the graph."""
-    return any(user.op == "output" or (graphs.is_alias(user) and _leaves(user)) for user in node.users)
+    return any(user.op == "output" or (graphs.is_alias(user) and leaves(user)) for user in node.users)
 
 
 def _reshape_views(node: Node) -> None:

@@ -1,7 +1,7 @@
 """An attention that a graph writes out, read back: what is multiplied, scaled, masked, and put through a softmax."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,13 @@ def shape_of(node: Node) -> tuple[str, ...]:
     """The sizes of a node's result as text: comparing symbols themselves would fix them."""
     value = node.meta.get("val")
     return tuple(str(size) for size in value.shape) if isinstance(value, Tensor) else ()
+
+
+def broadcast(one: Sequence[Any], other: Sequence[Any]) -> tuple[Any, ...]:
+    """The shape of what is made of tensors of these two, which fit."""
+    rank = max(len(one), len(other))
+    pairs = zip((*[1] * (rank - len(one)), *one), (*[1] * (rank - len(other)), *other), strict=True)
+    return tuple(b if str(a) == "1" else a for a, b in pairs)
 
 
 def type_of(node: Node) -> torch.dtype | None:
