@@ -1,6 +1,7 @@
 """Attentions: fused, their factors folded, their masks hoisted, on every family and in every written form."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from bert_evaluation.transformations import (
     ShareRepeated,
     original_recipes,
 )
-from bert_evaluation.verification import check, observe
+from bert_evaluation.verification import Probe, check, observe
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -121,7 +122,7 @@ def test_the_operator(operator, kind):
 
 
 def test_all_of_them_after_the_original_ones(eager):
-    _, model, base, reference = eager
+    _, _, base, reference = eager
     recipe = compose(*(kind() for kind in (*KINDS, *ORIGINAL)), inplace=False)
     graph = recipe(base)
     assert check(reference, graph).kept
@@ -151,7 +152,7 @@ def test_listings_and_diffs_say_who_made_what(eager):
     text = listing(FuseAttention()(graphs.fork(base)))
     assert text.count("; by FuseAttention") >= 2
     (step,) = step_diffs(base, FuseAttention())
-    added = [line for line in step.diff.splitlines() if line.startswith("+ ") and "scaled_dot_product" in line]
+    added = [line for line in step.diff.splitlines() if line.startswith("+ ") and "= aten.scaled_dot_product" in line]
     assert len(added) == 2
     assert all("float32[batch, 4, length, " in line for line in added)
 
@@ -164,7 +165,7 @@ def test_hashes_are_the_same_in_every_process():
         "print(graph.graph_hash(recipe(capture(tiny('mpnet', num_hidden_layers=1)))))"
     )
     code = [sys.executable, "-W", "ignore", "-c", program]
-    run = subprocess.run(  # noqa: S603
+    run = subprocess.run(
         code, cwd=Path(__file__).parents[1], env=environment(), capture_output=True, text=True, check=True
     )
     recipe = compose(FuseAttention(), ShareRepeated(), HoistMask(), FoldAttentionScale())
@@ -172,8 +173,6 @@ def test_hashes_are_the_same_in_every_process():
 
 
 def environment():
-    import os
-
     root = Path(__file__).parents[2]
     return os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root / "tests")])}
 
@@ -259,11 +258,7 @@ FORMS = {
     },
     "a copy of the probabilities": {"weights": lambda m, w, v: w.contiguous() @ v},
     "key that is not transposed last": {"k": lambda m, k: k.permute(0, 1, 3, 2).contiguous().transpose(-1, -2)},
-    "batch and heads as one": {
-        "scores": lambda m, s, keep: (s.flatten(0, 1) * 0.5).view(s.shape).masked_fill(~keep, LOWEST),
-    },
 }
-FORMS.pop("batch and heads as one")  # DeBERTa-v2 writes this; the products have to be flat too
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -281,8 +276,6 @@ def test_every_written_form(form):
 
 
 def probe_inputs():
-    from bert_evaluation.verification import Probe
-
     return [Probe(f"batch {batch}", inputs(batch)) for batch in (1, 2, 7)]
 
 
@@ -308,8 +301,8 @@ REFUSED = {
         "has the probabilities as its second factor",
     ),
     "a mask that widens": (
-        {"scores": lambda m, s, keep: s[:1] + additive(keep)},
-        "The scores come from slice_1",
+        {"scores": lambda m, s, keep: s + torch.zeros(2, 1, 1, 1, 1)},
+        "widens the scores",
     ),
     "einsum": ({"weights": lambda m, w, v: torch.einsum("bhqk,bhkd->bhqd", w, v)}, "einsum"),
     "one key for all heads": ({"k": lambda m, k: k[:, :1]}, "do not fit one attention"),
@@ -322,7 +315,7 @@ REFUSED = {
 @pytest.mark.parametrize("form", REFUSED)
 def test_must_not_fire_and_says_why(form):
     parts, reason = REFUSED[form]
-    module, base = written(**parts)
+    _, base = written(**parts)
     graph, transformation = graphs.fork(base), FuseAttention()
     transformation(graph)
     (refusal,) = transformation.report.refused
@@ -413,13 +406,6 @@ def test_of_merged_linears_only_the_rows_of_the_query_are_multiplied(bert, bert_
     assert verify(bert, graph).kept
 
 
-NOT_FOLDED = {
-    "query read by another": ({"result": lambda m, r, s, w: r + m.query(w @ m.value.weight[:5])}, None),
-    "rotated": ({"q": lambda m, q: (q + q.flip(-1)) * 0.5}, "through which no factor moves into a linear"),
-    "factor after a bias": ({"scores": lambda m, s, keep: (s + keep.float()) * 0.5}, None),
-}
-
-
 def test_a_query_that_is_rotated_is_refused():
     transformation = folded(written(q=lambda m, q: (q + q.flip(-1)) * 0.5)[1])
     assert "comes from add (aten.add.Tensor), through which no factor moves" in transformation.report.refused[0].reason
@@ -482,7 +468,7 @@ class TwoLayers(nn.Module):
         return x
 
 
-def hoisted(mask, **shapes):
+def hoisted(mask):
     module = TwoLayers(mask)
     example = {"x": torch.randn(3, 2, 5, 8), "mask": inputs()["mask"]}
     base = capture(module, example_inputs=example)
@@ -494,7 +480,7 @@ def test_a_mask_that_differs_from_query_to_query_is_only_made_additive():
     def causal(keep, x):
         return keep & torch.ones(5, 5, dtype=torch.bool).tril()
 
-    module, base, transformation, graph = hoisted(causal)
+    _, base, transformation, graph = hoisted(causal)
     assert applied_of_found(transformation) == (1, 1)
     (mask,) = {node.args[3] for node in graphs.calls(graph, SDPA)}
     assert mask.meta["val"].shape[1:] == (1, 5, 5)
@@ -547,7 +533,7 @@ def shared(compute):
 
 
 def test_repetitions_of_repetitions_go():
-    transformation, graph = shared(lambda x: (x.exp() * 2).sum(1) - (x.exp() * 2).sum(0, True)[0])
+    transformation, graph = shared(lambda x: (x.exp() * 2).sum(1) - (x.exp() * 2).amax(1))
     assert applied_of_found(transformation) == (2, 2)
     assert count(graph, aten.exp.default) == count(graph, aten.mul.Tensor) == 1
 

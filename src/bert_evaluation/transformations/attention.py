@@ -79,9 +79,8 @@ class _Written:
 
     @property
     def scale(self) -> float:
-        """What queries times keys are multiplied by before anything is added; or after, where nothing is."""
-        end = self.scores.index(self.masks[0].by) if self.masks else len(self.scores)
-        return math.prod([self.query.factor, self.key.factor, *(factor(node) or 1.0 for node in self.scores[:end])])
+        """What queries times keys are multiplied by, be it before or after something is added."""
+        return math.prod([self.query.factor, self.key.factor, *(factor(node) or 1.0 for node in self.scores)])
 
 
 def _reshapes(node: Node) -> bool:
