@@ -553,6 +553,11 @@ def test_repetitions_that_stay(compute, reason):
 
 def test_what_differs_by_a_word_or_draws_is_no_repetition():
     transformation, _ = shared(
-        lambda x: x.sum(1) + x.sum(1, dtype=torch.float64) + torch.rand(3) * torch.rand(3) + x[:, 0] * x[:, 1]
+        lambda x: (
+            x.sum(1)
+            + x.sum(1, dtype=torch.float64)
+            + torch.rand_like(x[:, 0]) * torch.rand_like(x[:, 0])
+            + x[:, 0] * x[:, 1]
+        )
     )
     assert not [site for site in transformation.report.applied if "rand" in site or "sum" in site]
