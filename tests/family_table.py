@@ -16,7 +16,8 @@ PAGE = """# Transformations on the families
 
 How many sites each transformation applies, of those that it finds (– where it finds none), in a question-answering
 model of each family. The models are tiny, with two layers and random weights, captured with torch {torch} and
-transformers {transformers}; another version may write a family differently. `make families` makes this page.
+transformers {transformers}; another version may write a family differently. A family whose attention can also be loaded
+written out (`attn_implementation="eager"`) has a second line. `make families` makes this page.
 
 {table}
 
@@ -30,11 +31,15 @@ Numbers of nodes and layers are left out; (2×) is a reason that two sites share
 def reports():
     """What each transformation did to a fresh capture of each family."""
     for family in FAMILIES:
-        base = capture(tiny(family))
-        for name, kind in zip(NAMES, REGISTRY, strict=True):
-            transformation = kind()
-            transformation(graphs.fork(base))
-            yield (family, name), transformation.report
+        usual, eager = (capture(tiny(family, **more)) for more in ({}, {"attn_implementation": "eager"}))
+        written = {family: usual}
+        if graphs.graph_hash(usual) != graphs.graph_hash(eager):
+            written[f"{family}, eager"] = eager
+        for line, base in written.items():
+            for name, kind in zip(NAMES, REGISTRY, strict=True):
+                transformation = kind()
+                transformation(graphs.fork(base))
+                yield (line, name), transformation.report
 
 
 def cell(report):
@@ -53,14 +58,14 @@ def table():
     rows = [
         ["family", *NAMES],
         ["---", *["---:"] * len(NAMES)],
-        *([family, *(cell(of[family, name]) for name in NAMES)] for family in FAMILIES),
+        *([line, *(cell(of[line, name]) for name in NAMES)] for line in dict.fromkeys(line for line, _ in of)),
     ]
     return PAGE.format(
         torch=torch.__version__.partition("+")[0],  # without the build, as in 2.13.0+cpu
         transformers=transformers.__version__,
         table="\n".join(f"| {' | '.join(row)} |" for row in rows),
         refusals="\n".join(
-            f"- {family}, {name}: {reasons(report)}" for (family, name), report in of.items() if report.refused
+            f"- {line}, {name}: {reasons(report)}" for (line, name), report in of.items() if report.refused
         ),
     )
 

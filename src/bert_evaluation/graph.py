@@ -137,7 +137,15 @@ def memory(node: Node) -> Node | str:
 
 def writes(node: Node) -> set[Node | str]:
     """The memory (see `memory`) that a node may write into."""
-    return set() if is_pure(node) or not is_mutable(node) else {memory(source) for source in node.all_input_nodes}
+    schema = getattr(node.target, "_schema", None)
+    written = set[Node | str]()
+    if schema is None or is_pure(node):
+        return written
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+            fx.map_arg(value, lambda source: written.add(memory(source)))
+    return written
 
 
 def _describe(value: Any, number: dict[Node, int], graph: nn.Module) -> str:
@@ -221,11 +229,10 @@ def propagate(node: Node) -> None:
 
 def _root(node: Node) -> Node:
     """The node whose memory this one's result may share: itself, unless it is a view or passes its input on."""
-    if node.op != "call_function" or not node.args:
-        return node
-    source = node.args[0]
-    if isinstance(source, Node) and (node.target is operator.getitem or is_alias(node)):
-        return _root(source)
+    while node.op == "call_function" and node.args and (node.target is operator.getitem or is_alias(node)):
+        if not isinstance(source := node.args[0], Node):
+            break
+        node = source
     return node
 
 

@@ -5,10 +5,13 @@ from collections.abc import Iterable
 from bert_evaluation.recipe import Presets, Recipe, compose, parse_recipe
 from bert_evaluation.transformation import ReversibleTransformation, Transformation
 from bert_evaluation.transformations.arithmetic import ChangeTrueDivToMulByInverse
+from bert_evaluation.transformations.attention import FuseAttention
+from bert_evaluation.transformations.attention_scale import FoldAttentionScale
 from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, FuseBatchNorm2dInConv2d
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
 from bert_evaluation.transformations.constants import FoldConstants
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
+from bert_evaluation.transformations.masks import HoistMask
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
 from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
 
@@ -23,6 +26,9 @@ REGISTRY: tuple[type[Transformation], ...] = (
     FuseBatchNorm2dInConv2d,
     FoldConstants,
     EliminateCommonSubexpressions,
+    FuseAttention,
+    FoldAttentionScale,
+    HoistMask,
     FuseLinearActivation,
     FuseResidual,
     PackLinears,
@@ -37,6 +43,8 @@ PRESETS: Presets = {
         RemoveDropout,
         FoldConstants,
         EliminateCommonSubexpressions,
+        FuseAttention,
+        HoistMask,
         MergeLinears,
         FuseLinearActivation,
         FuseResidual,
@@ -62,12 +70,15 @@ __all__ = [
     "ChangeTrueDivToMulByInverse",
     "DeepCopy",
     "EliminateCommonSubexpressions",
+    "FoldAttentionScale",
     "FoldConstants",
+    "FuseAttention",
     "FuseBatchNorm1dInLinear",
     "FuseBatchNorm2dInConv2d",
     "FuseBiasInLinear",
     "FuseLinearActivation",
     "FuseResidual",
+    "HoistMask",
     "LintAndRecompile",
     "MergeLinears",
     "PackLinears",

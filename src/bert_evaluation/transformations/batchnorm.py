@@ -8,11 +8,11 @@ from torch import Tensor
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
+from bert_evaluation.transformation import Reassociates, Site
+from bert_evaluation.transformations.keeping import KeepsTensors, Kept
 from bert_evaluation.transformations.linear import free_name, stem, tensor_of, weight_and_bias, why_not_ours
 
 aten = torch.ops.aten
-Memo = dict[str, Tensor]
 
 
 def _norms(graph: GraphModule, dimensions: tuple[int, ...]) -> list[Node]:
@@ -48,7 +48,7 @@ def _why_not_fixed(norm: Node) -> str | None:
     return None
 
 
-def _fold(graph: GraphModule, norm: Node, layer: Node, weight: Tensor, bias: Tensor) -> Memo:
+def _fold(graph: GraphModule, norm: Node, layer: Node, weight: Tensor, bias: Tensor) -> Kept:
     """Give the layer its new weight and bias (float64), take the norm out, and return what was there."""
     weight_node, bias_node = weight_and_bias(layer)
     stored = [weight_node, *([bias_node] if bias_node is not None else []), *_statistics(norm)]
@@ -74,18 +74,7 @@ def free_bias_name(graph: GraphModule, weight: Node) -> str:
     return beside if graphs.get_tensor(graph, beside) is None else free_name(graph, stem(weight) + "_fused", "bias")
 
 
-class _FoldNorm(ReversibleTransformation):
-    promise = Reassociates()
-
-    def undo(self, graph: GraphModule, memo: Memo) -> None:
-        """Put the parameters back that were folded: they are kept, as no arithmetic would bring back their bits."""
-        for name, tensor in memo.items():
-            now = graphs.get_tensor(graph, name)
-            back = tensor if now is None else graphs.like(tensor.to(now.device, now.dtype), tensor)
-            graphs.set_tensor(graph, name, tensor if torch.equal(back, tensor) else back)
-
-
-class FuseBatchNorm1dInLinear(_FoldNorm):
+class FuseBatchNorm1dInLinear(KeepsTensors):
     """A batch norm right after or right before a linear becomes part of it.
 
         y = linear(x, W, b)                     y = linear(x, s·W, s·b + t)
@@ -97,6 +86,8 @@ class FuseBatchNorm1dInLinear(_FoldNorm):
     with s = weight / sqrt(variance + eps) and t = bias - mean · s. Both need rows of features: of a tensor of three
     dimensions the norm takes the second, and a linear the last.
     """
+
+    promise = Reassociates()
 
     def sites(self, graph: GraphModule) -> Iterable[Site]:
         """Every batch norm of rows or of sequences."""
@@ -113,7 +104,7 @@ class FuseBatchNorm1dInLinear(_FoldNorm):
             return f"No linear right before or after {norm.name} has it as its only neighbour on that side."
         return why_not_ours([layer])
 
-    def rewrite(self, graph: GraphModule, site: Site) -> Memo:
+    def rewrite(self, graph: GraphModule, site: Site) -> Kept:
         """Fold into the linear before it, else into the one after it."""
         norm = site.node
         layer = self._layer(norm)
@@ -137,7 +128,7 @@ class FuseBatchNorm1dInLinear(_FoldNorm):
         return after if after is not None and after.target is aten.linear.default and reads_only_as_input else None
 
 
-class FuseBatchNorm2dInConv2d(_FoldNorm):
+class FuseBatchNorm2dInConv2d(KeepsTensors):
     """A batch norm right after a convolution becomes part of it.
 
         y = conv2d(x, W, b)        becomes        z = conv2d(x, s·W, s·b + t)
@@ -145,6 +136,8 @@ class FuseBatchNorm2dInConv2d(_FoldNorm):
 
     with s = weight / sqrt(variance + eps) and t = bias - mean · s, a value a channel.
     """
+
+    promise = Reassociates()
 
     def sites(self, graph: GraphModule) -> Iterable[Site]:
         """Every batch norm of images."""
@@ -162,7 +155,7 @@ class FuseBatchNorm2dInConv2d(_FoldNorm):
             return f"The result of {layer.name} is also read by others than {norm.name}."
         return why_not_ours([layer])
 
-    def rewrite(self, graph: GraphModule, site: Site) -> Memo:
+    def rewrite(self, graph: GraphModule, site: Site) -> Kept:
         """Fold into the convolution."""
         norm = site.node
         layer: Any = norm.args[0]
