@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 
 from bert_evaluation.evaluation import Work
+from bert_evaluation.memory import Memory
 from bert_evaluation.outcome import Experiment, Outcome, dump
 from bert_evaluation.rows import Cell, Change, Effect, Quality, Row, StepChange
 from bert_evaluation.stats import Difference, Interval, Ratio
@@ -190,6 +191,8 @@ def rich():
             quality=quality(63.06 + loss, alone, changes),
             latency=Interval(8.1 / speed, 8.0 / speed, 8.3 / speed),
             rounds=40,
+            memory=Memory(90_000_000, 150_000_000 - 1_000_000 * number),
+            share_of_peak=0.4 * speed,
             speedup=ratio(speed * luck.uniform(0.96, 1.04)),
             answer="Ocarina of time" if number != 9 else "The Wind Waker",
             regime=tuple(

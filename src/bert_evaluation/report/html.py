@@ -6,7 +6,7 @@ something else, and a Content-Security-Policy lets nothing run but the page's ow
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,16 @@ from markupsafe import Markup
 
 from bert_evaluation.outcome import Outcome, load
 from bert_evaluation.report import listings, plots, writing
+from bert_evaluation.report.columns import COLUMNS, applied
 from bert_evaluation.report.headline import MEASURED, Measure, decimals, headline, measure, speed
 from bert_evaluation.report.terminal import tally
 from bert_evaluation.rows import Row
 from bert_evaluation.stats import Ratio
 from bert_evaluation.store import Entry
-from bert_evaluation.transformation import Report
 
 HERE = Path(__file__).parent
 
 Times = Mapping[str, Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table of rows, and what it is sorted by."""
-
-    id: str
-    title: str
-    value: Callable[[Row], float | None]
 
 
 @dataclass(frozen=True)
@@ -136,44 +127,6 @@ ABSENT = {
     "graphs": "differences of graphs",
     "sites": "sites, since there were no recipes",
 }
-
-
-def _sites(row: Row) -> float | None:
-    return float(_applied(row.sites)) if row.sites else None
-
-
-def _kept(row: Row) -> float | None:
-    return None if row.verification is None else float(row.verification.kept)
-
-
-def _throughput(row: Row) -> float | None:
-    if row.throughput_speedup is not None:
-        return row.throughput_speedup.estimate
-    return None if row.samples_per_second is None else 1.0
-
-
-def _inference(row: Row) -> float | None:
-    if row.speedup is not None:
-        return row.speedup.estimate
-    return None if row.latency is None else 1.0
-
-
-def _f1(row: Row) -> float | None:
-    return row.quality.f1 if row.quality else None
-
-
-def _changed(row: Row) -> float | None:
-    return row.quality.changed_answers if row.quality else None
-
-
-COLUMNS = (
-    Column("sites", "Sites", _sites),
-    Column("promise", "Promise", _kept),
-    Column("evaluation", "Speed on the data set", _throughput),
-    Column("inference", "Speed of one inference", _inference),
-    Column("quality", "F1", _f1),
-    Column("changed", "Answers changed", _changed),
-)
 
 
 def _facts(outcome: Outcome, by: Measure | None) -> list[tuple[str, str, str]]:
@@ -281,13 +234,14 @@ def _environment(outcome: Outcome) -> Environment:
     )
     places = {row.name: number for number, row in enumerate(outcome.rows)}
     environment.filters |= {
-        "applied": _applied,
+        "applied": applied,
         "breaks": writing.breaks,
         "count": "{:,}".format,
         "decimals": decimals,
         "digest": _digest,
         "error": writing.error,
         "found": lambda reports: sum(report.found for report in reports),
+        "mib": writing.mebibytes,
         "ms": writing.milliseconds,
         "place": places.__getitem__,
         "refused": lambda reports: sum(len(report.refused) for report in reports),
@@ -308,7 +262,3 @@ def _file(name: str) -> Markup:
 def _digest(text: str) -> str:
     """What the Content-Security-Policy knows a script or a style by."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def _applied(reports: Iterable[Report]) -> int:
-    return sum(len(report.applied) for report in reports)

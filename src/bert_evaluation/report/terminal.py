@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from bert_evaluation.memory import Memory
 from bert_evaluation.outcome import Outcome
 from bert_evaluation.report.headline import headline
+from bert_evaluation.report.writing import mebibytes
 from bert_evaluation.rows import Cell, Quality, Row
 from bert_evaluation.stats import Interval, Ratio
 from bert_evaluation.store import Entry
@@ -80,7 +81,7 @@ def memory_lines(outcome: Outcome) -> Iterator[str]:
 
 def memory(found: Memory) -> str:
     """Weights, and the most that a call holds."""
-    return f"weights {found.weights / 2**20:,.1f} MiB, at most {found.peak / 2**20:,.1f} MiB in a call of 8 long texts"
+    return f"weights {mebibytes(found.weights)}, at most {mebibytes(found.peak)} in a call of 8 long texts"
 
 
 def share_lines(outcome: Outcome) -> Iterator[str]:

@@ -66,6 +66,11 @@ def milliseconds(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
+def mebibytes(value: int) -> str:
+    """A number of bytes."""
+    return f"{value / 2**20:,.1f} MiB"
+
+
 def sortable(value: float | None) -> str:
     """A number for the page's script; nothing where there is none."""
     return "" if value is None or not math.isfinite(value) else repr(float(value))
