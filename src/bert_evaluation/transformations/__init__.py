@@ -7,6 +7,7 @@ from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, F
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
+from bert_evaluation.transformations.padding import RemovePadding
 
 REGISTRY: tuple[type[Transformation], ...] = (
     LintAndRecompile,
@@ -20,6 +21,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     FuseLinearActivation,
     FuseResidual,
     PackLinears,
+    RemovePadding,
 )
 
 ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMulByInverse, RemoveDropout)
@@ -45,6 +47,7 @@ __all__ = [
     "PackLinears",
     "Recipe",
     "RemoveDropout",
+    "RemovePadding",
     "ReversibleTransformation",
     "Transformation",
     "compose",
