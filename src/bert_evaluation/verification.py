@@ -65,6 +65,11 @@ class Verification:
         """Whether the promise held."""
         return self.verdict == "kept"
 
+    @property
+    def compared(self) -> str:
+        """Where outputs were compared, in words; empty where everywhere."""
+        return "" if self.where is None else f"compared where {self.where} is 1"
+
 
 @dataclass(frozen=True)
 class Reference:
