@@ -31,7 +31,7 @@ from bert_evaluation.transformations import (
     RemoveDropout,
     RemovePadding,
 )
-from bert_evaluation.transformations.masks import MASK
+from bert_evaluation.transformations.padding_mask import MASK
 from bert_evaluation.verification import check, observe
 
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from bert_evaluation import varlen
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
-from bert_evaluation.transformations.masks import MASK, why_not_padding_mask
+from bert_evaluation.transformations.padding_mask import MASK, why_not_padding_mask
 from bert_evaluation.transformations.positions import closing, is_position_wise, shape, shapes, why_not_position_wise
 
 aten = torch.ops.aten
