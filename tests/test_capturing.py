@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -101,3 +104,12 @@ def test_graphs_without_parameters_of_their_own_cost_no_memory(bert, bert_graph)
     twin = graphs.fork(bert_graph)
     assert all(a is b for a, b in zip(twin.parameters(), bert_graph.parameters(), strict=True))
     assert graphs.graph_hash(twin) == graphs.graph_hash(bert_graph) == graphs.graph_hash(capture(bert))
+
+
+def test_a_graph_is_read_in_a_process_that_has_seen_no_model(bert_graph, tmp_path):
+    save(bert_graph, tmp_path / "graph.pt2")
+    program = (
+        f"from bert_evaluation.capturing import read; print(len(read({str(tmp_path / 'graph.pt2')!r}).graph.nodes))"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    assert int(run.stdout.split()[-1]) > 10

@@ -22,6 +22,7 @@ from bert_evaluation.transformation import (
     ReversibleTransformation,
     Site,
     Transformation,
+    promise_of,
 )
 from bert_evaluation.verification import (
     FAILURES,
@@ -116,6 +117,7 @@ def verify_steps(
     """Check the promise of each step of a recipe, then (unless `saved` is false) that its graph can be saved and read.
 
     Each step is held to its own promise against the graph before it; one that breaks it is left out for the next.
+    Positions that a step promises nothing about are left out from there on.
     A graph that is fused for a processor is not saved, since that would bring plain operators back.
     Steps that follow an approximation (of the precision, say) are checked behind it, and once more without it.
     `reference` is what `observe` made of the model or its graph; `options` are those of the command line that chose
@@ -137,15 +139,17 @@ def _walk(
 ) -> Iterator[StepCheck]:
     before = graph
     origin = yardstick = graph  # whose float64 results the reference has, and whose distance from those it allows
+    where = promise_of(graph).where
     command = ("bert-evaluation", "verify", *options, "--recipe", repr(recipe), "--probe")
     for number, step in enumerate((*recipe.steps, *last), 1):
         if isinstance(step, SaveAndRead) and not onednn.is_plain(before):
             continue
         after = step(graphs.fork(before))
-        found = results(after, reference.probes)
-        verdict, blame = judge(reference, found, step.promise), None
+        found, where = results(after, reference.probes), where or promise_of(after).where
+        promise = replace(step.promise, where=where)
+        verdict, blame = judge(reference, found, promise), None
         if not verdict.kept:
-            trial = _Trial(before, step.promise, origin, yardstick)
+            trial = _Trial(before, promise, origin, yardstick)
             failing = next(probe for probe in reference.probes if probe.name == verdict.failing_probe)
             blame = _blame(trial, step, after, failing, command)
             verdict = replace(verdict, first_difference=str(Place(blame.node, blame.layer)))

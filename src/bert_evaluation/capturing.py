@@ -1,5 +1,6 @@
 """A module becomes a graph of ATen operators: dynamic batch and length, original names, its parameters shared."""
 
+import importlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bert_evaluation import onednn
+from bert_evaluation import onednn, varlen  # noqa: F401  # an archive may name the operators of varlen
 from bert_evaluation.errors import CaptureError
 from bert_evaluation.graph import GraphModule
 
@@ -54,6 +55,7 @@ def read(file: str | Path) -> GraphModule:
     """The graph that `save` wrote. Raises CaptureError for a file that is not there or is something else."""
     if not Path(file).is_file():
         raise CaptureError(f"There is no file {file}.")
+    importlib.import_module("transformers.modeling_outputs")  # makes the types of outputs known to torch
     try:
         return _plain(torch.export.load(file))
     except Exception as error:

@@ -147,6 +147,7 @@ def row_as_json(row: Row) -> dict[str, Any]:
             "kind": check.promise,
             "max_abs_error": check.max_abs_error,
             "max_ulp": check.max_ulp,
+            "compared_where": check.where,
             "tolerance": check.tolerance,
             "verdict": check.verdict,
             "failing_probe": check.failing_probe,

@@ -7,7 +7,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import fx
@@ -22,10 +22,14 @@ MARKS = "bert_evaluation.transformed_by"  # key in Node.meta: a frozenset of sig
 
 @dataclass(frozen=True)
 class Promise:
-    """What a transformation claims about the outputs; `kind` is its word, a higher `rank` claims less."""
+    """What a transformation claims about the outputs; `kind` is its word, a higher `rank` claims less.
+
+    `where` names an input such as `attention_mask`: nothing is claimed about positions where that is 0.
+    """
 
     kind: ClassVar[str]
     rank: ClassVar[int]
+    where: str | None = None
 
 
 class Bitwise(Promise):
@@ -48,7 +52,9 @@ class Approximates(Promise):
 
 def weakest(promises: Iterable[Promise]) -> Promise:
     """The promise that holds where all of these do; `Bitwise` of none."""
-    return max(promises, key=lambda promise: promise.rank, default=Bitwise())
+    all_of_them = tuple(promises)
+    where = next((promise.where for promise in all_of_them if promise.where is not None), None)
+    return replace(max(all_of_them, key=lambda promise: promise.rank, default=Bitwise()), where=where)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bert_evaluation import graph as graphs
-from bert_evaluation import onednn
+from bert_evaluation import onednn, varlen
 from bert_evaluation.capturing import capture, eval_mode
 from bert_evaluation.errors import UsageError
 from bert_evaluation.graph import GraphModule, Node
@@ -45,7 +45,8 @@ class Verification:
 
     `tolerance` is what `error` was held against on the probe that comes nearest to it: both are distances from the
     model run in float64 (for `Bitwise`, from the model itself, and 0). A graph that fails on a probe that its model
-    takes is infinitely far. `first_difference` names the first node where the graphs part.
+    takes is infinitely far. `first_difference` names the first node where the graphs part. `where` is the promise's:
+    outputs were compared only where that input is not 0, tolerances are those of all positions.
     """
 
     promise: str
@@ -57,11 +58,17 @@ class Verification:
     probes: int
     failing_probe: str | None = None
     first_difference: str | None = None
+    where: str | None = None
 
     @property
     def kept(self) -> bool:
         """Whether the promise held."""
         return self.verdict == "kept"
+
+    @property
+    def compared(self) -> str:
+        """Where outputs were compared, in words; empty where everywhere."""
+        return "" if self.where is None else f"compared where {self.where} is 1"
 
 
 @dataclass(frozen=True)
@@ -132,12 +139,13 @@ def results(graph: nn.Module, probes: Iterable[Probe]) -> tuple[list[Tensor], ..
 
 def judge(reference: Reference, found: Sequence[list[Tensor]], promise: Promise) -> Verification:
     """Hold what a graph returned for the reference's probes against a promise."""
-    pairs = list(zip(reference.outputs, found, strict=True))
-    distances, allowed = [_distance(base, result) for base, result in pairs], reference.tolerances
+    pairs, allowed = list(zip(reference.outputs, found, strict=True)), reference.tolerances
+    marks = [_marks(probe.inputs, promise) for probe in reference.probes]
+    distances = [_distance(*pair, each) for pair, each in zip(pairs, marks, strict=True)]
     if isinstance(promise, Bitwise):
         errors, allowed = distances, (0.0,) * len(pairs)
     else:
-        errors = [_distance(exact, result) for exact, result in zip(reference.exact, found, strict=True)]
+        errors = [_distance(*each) for each in zip(reference.exact, found, marks, strict=True)]
     if isinstance(promise, Approximates):
         allowed = (torch.finfo(torch.float64).max,) * len(pairs)
     else:
@@ -148,11 +156,12 @@ def judge(reference: Reference, found: Sequence[list[Tensor]], promise: Promise)
         promise=promise.kind,
         verdict="kept" if failing is None else "broken",
         max_abs_error=max(distances),
-        max_ulp=max(_ulp(base, result) for base, result in pairs),
+        max_ulp=max(_ulp(*pair, each) for pair, each in zip(pairs, marks, strict=True)),
         error=errors[worst],
         tolerance=allowed[worst],
         probes=len(reference.probes),
         failing_probe=None if failing is None else reference.probes[failing].name,
+        where=promise.where,
     )
 
 
@@ -197,13 +206,23 @@ def _types(expected: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
     return [tensor.dtype for tensor in expected] == [tensor.dtype for tensor in got]
 
 
-def _distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+def _marks(inputs: Mapping[str, Tensor], promise: Promise) -> Tensor | None:
+    """The positions (batch, length) that a promise is about; None where it is about all."""
+    return None if promise.where is None else inputs[promise.where].bool()
+
+
+def _marked(tensor: Tensor, marks: Tensor | None) -> Tensor:
+    """What a tensor (batch, length, ...) has at the marked positions; any other tensor as it is."""
+    return tensor if marks is None or tensor.shape[: marks.dim()] != marks.shape else tensor[marks]
+
+
+def _distance(expected: Sequence[Tensor], got: Sequence[Tensor], marks: Tensor | None = None) -> float:
     """The largest absolute difference; infinite where shapes, or what is not finite, differ."""
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in got]:
         return math.inf
     worst = 0.0
     for one, other in zip(expected, got, strict=True):
-        a, b = one.detach().double(), other.detach().double()
+        a, b = _marked(one.detach().double(), marks), _marked(other.detach().double(), marks)
         odd = ~(a.isfinite() & b.isfinite())
         if not torch.equal(a[odd].nan_to_num(1.0, 2.0, 3.0), b[odd].nan_to_num(1.0, 2.0, 3.0)):
             return math.inf
@@ -212,12 +231,13 @@ def _distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     return worst
 
 
-def _ulp(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+def _ulp(expected: Sequence[Tensor], got: Sequence[Tensor], marks: Tensor | None = None) -> float:
     """The largest difference in units of the last place of the expected value."""
     if len(expected) != len(got):
         return math.inf
     worst = 0.0
-    for one, other in zip(expected, got, strict=True):
+    for whole, result in zip(expected, got, strict=True):
+        one, other = _marked(whole, marks), _marked(result, marks)
         if one.is_floating_point() and one.shape == other.shape and one.numel():
             size = one.abs()
             unit = torch.nextafter(size, torch.full_like(size, torch.inf)) - size
@@ -259,9 +279,9 @@ def parting(before: GraphModule, after: GraphModule, inputs: Mapping[str, Tensor
     """The first node of a graph whose namesake in the transformed one returns something else, or else fails.
 
     A node is held against its own float64 result as outputs are; for `Bitwise` it has to be equal. Parameters are
-    passed over: it is what is computed with them that counts.
+    passed over: it is what is computed with them that counts. What is packed is compared as if it were padded.
     """
-    expected, got = _record(before, inputs), _record(after, inputs)
+    expected, got, marks = _record(before, inputs), _record(after, inputs), _marks(inputs, promise)
     exact = (
         {}
         if isinstance(promise, Bitwise)
@@ -270,12 +290,23 @@ def parting(before: GraphModule, after: GraphModule, inputs: Mapping[str, Tensor
     for name, (node, values) in expected.values.items():
         if node.op == "get_attr" or name not in got.values:
             continue
-        if _part(values, got.values[name][1], exact.get(name, (node, values))[1], promise):
+        others = got.values[name][1]
+        if marks is not None:
+            others = [_padded(other, like, marks) for other, like in zip(others, values, strict=False)]
+        if _part(values, others, exact.get(name, (node, values))[1], promise, marks):
             return Place(name, graphs.layer(node))
     return None if got.failed is None else Place(got.failed.name, graphs.layer(got.failed))
 
 
-def _part(values: list[Tensor], others: list[Tensor], exact: list[Tensor], promise: Promise) -> bool:
+def _part(
+    values: list[Tensor], others: list[Tensor], exact: list[Tensor], promise: Promise, marks: Tensor | None
+) -> bool:
     if isinstance(promise, Bitwise):
-        return _distance(values, others) > 0
-    return not _distance(exact, others) <= _tolerance(exact, values)
+        return _distance(values, others, marks) > 0
+    return not _distance(exact, others, marks) <= _tolerance(exact, values)
+
+
+def _padded(tensor: Tensor, like: Tensor, marks: Tensor) -> Tensor:
+    """A packed tensor padded; any other as it is."""
+    is_packed = tensor.shape[:2] == (1, int(marks.sum())) and like.shape[:2] == marks.shape
+    return varlen.pad(tensor, marks) if is_packed else tensor

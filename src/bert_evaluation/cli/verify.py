@@ -72,6 +72,7 @@ def _lines(check: "StepCheck") -> Iterator[str]:
     sites = f"{len(report.applied)} of {report.found} sites; " if report.found else ""
     line = f"{check.recipe}, step {check.number}, {check.step}: {sites}{found.promise} promise {found.verdict}"
     line += f" on {found.probes} {'probe' if found.probes == 1 else 'probes'}, max difference {found.max_abs_error:.1e}"
+    line += f", {found.compared}" if found.compared else ""
     yield line if found.promise == "approximates" else f"{line}; {found.error:.1e} of {found.tolerance:.1e} allowed"
     if blame is not None:
         yield f"  smallest failing probe: {blame.probe}"
@@ -94,6 +95,7 @@ def _as_json(check: "StepCheck") -> dict[str, Any]:
             "kind": found.promise,
             "verdict": found.verdict,
             "probes": found.probes,
+            "compared_where": found.where,
             **{name: number if math.isfinite(number) else None for name, number in numbers.items()},
         },
         "blame": None if check.blame is None else asdict(check.blame),

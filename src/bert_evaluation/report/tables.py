@@ -51,6 +51,8 @@ def _transform(outcome: Outcome) -> Iterator[RenderableType]:
         verdicts = [row.verification.verdict for row in recipes if row.verification]
         yield _verdicts(f"Promises checked on {counts} probes", verdicts, {"kept": "{} kept", "broken": "{} broken"})
     yield from _alike((row, terminal.sites(row)) for row in recipes if row.unchanged)
+    checked = [(row, row.verification) for row in recipes if row.verification]
+    yield from _alike((row, f"outputs {found.compared}") for row, found in checked if found.compared)
     for row in recipes:
         if row.verification and not row.verification.kept:
             yield _said(row, terminal.promise(row), "red")

@@ -278,6 +278,7 @@ def promise(row: Row) -> str:
     if found is None:
         return "not checked"
     text = f"{found.promise} promise {found.verdict} on {found.probes} probes, {difference(row)}"
+    text += f", {found.compared}" if found.compared else ""
     if not found.kept:
         text += f" on {found.failing_probe}"
         text += f", from {found.first_difference} on" if found.first_difference else ""

@@ -13,6 +13,7 @@ from bert_evaluation.transformations.constants import FoldConstants
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
 from bert_evaluation.transformations.masks import HoistMask
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
+from bert_evaluation.transformations.padding import RemovePadding
 from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
 
 REGISTRY: tuple[type[Transformation], ...] = (
@@ -32,6 +33,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     FuseLinearActivation,
     FuseResidual,
     PackLinears,
+    RemovePadding,
 )
 
 ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMulByInverse, RemoveDropout)
@@ -84,6 +86,7 @@ __all__ = [
     "PackLinears",
     "Recipe",
     "RemoveDropout",
+    "RemovePadding",
     "ReversibleTransformation",
     "Transformation",
     "compose",
