@@ -7,6 +7,8 @@ from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, F
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
+from bert_evaluation.transformations.precision import CastToBFloat16
+from bert_evaluation.transformations.quantization import QuantizeLinears
 
 REGISTRY: tuple[type[Transformation], ...] = (
     LintAndRecompile,
@@ -20,6 +22,8 @@ REGISTRY: tuple[type[Transformation], ...] = (
     FuseLinearActivation,
     FuseResidual,
     PackLinears,
+    CastToBFloat16,
+    QuantizeLinears,
 )
 
 ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMulByInverse, RemoveDropout)
@@ -33,6 +37,7 @@ def original_recipes() -> tuple[Recipe, ...]:
 __all__ = [
     "ORIGINAL",
     "REGISTRY",
+    "CastToBFloat16",
     "ChangeTrueDivToMulByInverse",
     "DeepCopy",
     "FuseBatchNorm1dInLinear",
@@ -43,6 +48,7 @@ __all__ = [
     "LintAndRecompile",
     "MergeLinears",
     "PackLinears",
+    "QuantizeLinears",
     "Recipe",
     "RemoveDropout",
     "ReversibleTransformation",
