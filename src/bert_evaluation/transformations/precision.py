@@ -1,6 +1,7 @@
 """Linears and attention in bfloat16, and all that lies between them."""
 
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -173,13 +174,19 @@ def why_kept(node: Node, keep: Iterable[str]) -> str | None:
         if word == "logits":
             if onednn.is_linear(node) and _makes_outputs(node):
                 return "The keep list has 'logits', and this makes an output."
-        elif any(_plain(word) in _plain(name) for name in (graphs.layer(node), str(node.target))):
+        elif any(_is_in(_plain(word), _plain(name)) for name in (graphs.layer(node), str(node.target))):
             return f"The keep list has {word!r}."
     return None
 
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "")
+
+
+def _is_in(word: str, name: str) -> bool:
+    """Whether the name has the word; numbers in it are whole ones: `layer.1` is not in `layer.10`."""
+    within_a_number = r"(?<=\d)(?=\d)"
+    return re.search(rf"(?!{within_a_number}){re.escape(word)}(?!{within_a_number})", name) is not None
 
 
 def _makes_outputs(node: Node) -> bool:
