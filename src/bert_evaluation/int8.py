@@ -1,20 +1,24 @@
 """Linears on 8-bit integers, as plain PyTorch: what is rounded, and sums without any rounding.
 
-Two operators of our own, so that each is one node of a graph and a saved graph names them.
+What a linear reads is rounded by torch's operators, which cost less to call than one of our own in Python. The linear
+is an operator of our own, so that it is one node of a graph, and a saved graph names it.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+aten = torch.ops.aten
 LARGEST = 127  # of a weight; a token's numbers are as far from ZERO at most
 ZERO = 128  # what stands for 0 among a token's numbers, which have no sign
+TINY = 127 * torch.finfo(torch.float32).tiny  # rows of zeros have a scale, too
 LONGEST = (2**31 - 1) // (255 * LARGEST)  # products whose sum is sure to fit into 32 bits
 
 
-def scales(rows: Tensor) -> Tensor:
+def scales(rows: Any) -> Any:
     """What one step of each row (the last dimension) is worth, its largest value being 127 steps."""
-    tiny = LARGEST * torch.finfo(rows.dtype).tiny  # rows of zeros have a scale, too
-    return rows.abs().amax(-1, keepdim=True).clamp_min(tiny) / LARGEST
+    return aten.div.Tensor(aten.clamp_min.default(aten.amax.default(aten.abs.default(rows), [-1], True), TINY), LARGEST)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,20 +27,14 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().to(torch.int8), scale.squeeze(-1)
 
 
-@torch.library.custom_op("bert_evaluation::quantize_tokens", mutates_args=())
-def _quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each token (the last dimension) as uint8 around 128, and its scale.
+def quantize_tokens(x: Any) -> tuple[Any, Any]:
+    """Each token (the last dimension) as uint8 around 128, and its scale; of a tensor, or as nodes of a graph.
 
     A scale for each token, not for the tensor: so no text's answer depends on those beside it, nor on padding.
     """
     scale = scales(x)
     # Cutting off what is half a step too large rounds in one pass less than rounding does.
-    return (x / scale).add_(ZERO + 0.5).to(torch.uint8), scale
-
-
-@_quantize_tokens.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=torch.uint8), x.new_empty((*x.shape[:-1], 1))
+    return aten.to.dtype(aten.add.Tensor(aten.div.Tensor(x, scale), ZERO + 0.5), torch.uint8), scale
 
 
 @torch.library.custom_op("bert_evaluation::linear_int8", mutates_args=())
@@ -54,5 +52,4 @@ def _(tokens: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return scale.new_empty((*tokens.shape[:-1], weight.shape[0]))
 
 
-QUANTIZE = torch.ops.bert_evaluation.quantize_tokens.default
 LINEAR = torch.ops.bert_evaluation.linear_int8.default

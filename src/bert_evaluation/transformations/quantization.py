@@ -1,10 +1,9 @@
 """Linears on 8-bit integers."""
 
-import operator
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bert_evaluation import graph as graphs
 from bert_evaluation import int8, onednn
@@ -18,7 +17,7 @@ from bert_evaluation.transformations.linear import (
     tensor_of,
     weight_and_bias,
 )
-from bert_evaluation.transformations.precision import why_kept, words
+from bert_evaluation.transformations.precision import CAST, why_kept, words
 
 aten = torch.ops.aten
 
@@ -26,7 +25,8 @@ aten = torch.ops.aten
 class QuantizeLinears(ReversibleTransformation):
     """Linears multiply 8-bit integers: weights rounded once, what they read as it comes.
 
-        y = linear(x, W, b)        becomes        t, s = quantize_tokens(x)
+        y = linear(x, W, b)        becomes        s = max(abs(x)) / 127, of each token
+                                                  t = to(x / s + 128.5, uint8)
                                                   y = b + linear_int8(t, W in int8, its scales) * s
 
     Symmetric, with a scale for each output of a weight and one for each token, found as the token comes: so nothing is
@@ -93,11 +93,30 @@ class QuantizeLinears(ReversibleTransformation):
         graphs.set_tensor(graph, *memo)
 
 
+def _known(x: Node, reader: Node) -> tuple[Node, Node] | None:
+    """The integers of a tensor, and their scales, that another linear reads already, if one does."""
+    for steps in x.users:
+        for shifted in steps.users:
+            for tokens in shifted.users:
+                ours = [each.target for each in (steps, shifted, tokens)] == [aten.div.Tensor, aten.add.Tensor, CAST]
+                if ours and tokens.args[1] is torch.uint8 and steps.args[0] is x and tokens < reader:
+                    scale = steps.args[1]
+                    assert isinstance(scale, Node)
+                    return tokens, scale
+    return None
+
+
+def _quantized(x: Node) -> tuple[Node, Node]:
+    """New nodes for the integers of a tensor, and for their scales, where the graph inserts."""
+    tokens, scale = int8.quantize_tokens(fx.Proxy(x, fx.proxy.GraphAppendingTracer(x.graph)))
+    return tokens.node, scale.node
+
+
 def _replace(graph: GraphModule, linear: Node, stored: Iterable[str]) -> None:
     """Compute what the linear does from integers; nodes go where the graph inserts."""
     x, bias = linear.args[0], weight_and_bias(linear)[1]
     assert isinstance(x, Node)
-    tokens, scale = _quantized(x, linear)
+    tokens, scale = _known(x, linear) or _quantized(x)
     weight, scales, *zeros = (graph.graph.get_attr(name) for name in stored)
     if zeros:
         product = graph.graph.call_function(onednn.INT8, onednn.int8_arguments(tokens, weight, scales, *zeros))
@@ -111,14 +130,3 @@ def _replace(graph: GraphModule, linear: Node, stored: Iterable[str]) -> None:
     product.meta["val"] = result.meta["val"] = linear.meta["val"]
     linear.replace_all_uses_with(result)
     graph.graph.erase_node(linear)
-
-
-def _quantized(x: Node, reader: Node) -> tuple[Node, Node]:
-    """The integers of a tensor, and their scales: those that another linear reads, if there are any."""
-    known = next((user for user in x.users if user.target is int8.QUANTIZE and user < reader), None)
-    if known is not None:
-        tokens, scale = sorted(known.users, key=lambda part: int(str(part.args[1])))
-        return tokens, scale
-    node = x.graph.call_function(int8.QUANTIZE, (x,))
-    tokens, scale = (x.graph.call_function(operator.getitem, (node, index)) for index in range(2))
-    return tokens, scale
