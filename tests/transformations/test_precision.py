@@ -12,6 +12,7 @@ from bert_evaluation import capture, compose, evaluate, onednn, verify
 from bert_evaluation import graph as graphs
 from bert_evaluation.builtin import QUESTIONS
 from bert_evaluation.capturing import read, save, text_inputs
+from bert_evaluation.errors import UsageError
 from bert_evaluation.squad import read_squad
 from bert_evaluation.transformation import Approximates, promise_of
 from bert_evaluation.transformations import (
@@ -313,3 +314,6 @@ def test_it_keeps_the_built_in_checkpoints_quality(built_in, base):
 def test_its_text_form_reads_back():
     cast = CastToBFloat16(keep=("embeddings", "LayerNorm"), anyway=True)
     assert repr(parse_recipe(repr(cast), REGISTRY)) == repr(cast)
+    for keep in ("5", "(5,)"):
+        with pytest.raises(UsageError, match="does not take the arguments keep"):
+            parse_recipe(f"CastToBFloat16(keep={keep})", REGISTRY)

@@ -164,8 +164,11 @@ class CastToBFloat16(ReversibleTransformation):
 
 
 def words(keep: Iterable[str]) -> tuple[str, ...]:
-    """A keep list as it was given, or the one word."""
-    return (keep,) if isinstance(keep, str) else tuple(keep)
+    """A keep list as it was given, or the one word. Raises TypeError for anything else."""
+    found = (keep,) if isinstance(keep, str) else tuple(keep)
+    if not all(isinstance(word, str) for word in found):
+        raise TypeError(f"A keep list has words, not {found}.")
+    return found
 
 
 def why_kept(node: Node, keep: Iterable[str]) -> str | None:
