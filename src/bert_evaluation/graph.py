@@ -148,6 +148,11 @@ def writes(node: Node) -> set[Node | str]:
     return written
 
 
+def writer(node: Node) -> Node | None:
+    """A node that writes in place into what this one returns, or shares the memory of; None if there is none."""
+    return next((each for each in node.graph.nodes if memory(node) in writes(each)), None)
+
+
 def _describe(value: Any, number: dict[Node, int], graph: nn.Module) -> str:
     if isinstance(value, Node):
         return f"%{number[value]}"
@@ -259,7 +264,7 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 
 def in_double(graph: GraphModule) -> GraphModule:
-    """A copy of the graph that computes in float64 what the graph computes in float32."""
+    """A copy of the graph that computes in float64 what the graph computes in float32 or bfloat16."""
     twin = copy.deepcopy(graph).double()
     for node in list(twin.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
@@ -275,4 +280,4 @@ def _doubled(value: Any) -> Any:
         return type(value)(_doubled(item) for item in value)
     if isinstance(value, dict):
         return {key: _doubled(item) for key, item in value.items()}
-    return torch.float64 if value is torch.float32 else value
+    return torch.float64 if value in (torch.float32, torch.bfloat16) else value

@@ -14,6 +14,8 @@ from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinear
 from bert_evaluation.transformations.masks import HoistMask
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
 from bert_evaluation.transformations.padding import RemovePadding
+from bert_evaluation.transformations.precision import CastToBFloat16
+from bert_evaluation.transformations.quantization import QuantizeLinears
 from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
 
 REGISTRY: tuple[type[Transformation], ...] = (
@@ -34,6 +36,8 @@ REGISTRY: tuple[type[Transformation], ...] = (
     FuseResidual,
     PackLinears,
     RemovePadding,
+    CastToBFloat16,
+    QuantizeLinears,
 )
 
 ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMulByInverse, RemoveDropout)
@@ -69,6 +73,7 @@ __all__ = [
     "ORIGINAL",
     "PRESETS",
     "REGISTRY",
+    "CastToBFloat16",
     "ChangeTrueDivToMulByInverse",
     "DeepCopy",
     "EliminateCommonSubexpressions",
@@ -84,6 +89,7 @@ __all__ = [
     "LintAndRecompile",
     "MergeLinears",
     "PackLinears",
+    "QuantizeLinears",
     "Recipe",
     "RemoveDropout",
     "RemovePadding",

@@ -49,7 +49,7 @@ class FoldConstants(ReversibleTransformation):
             return f"{node.name} draws random numbers, anew in each call."
         if not graphs.is_pure(node):
             return f"{node.name} does more than return what its arguments determine."
-        if writer := next((other for other in node.graph.nodes if graphs.memory(node) in graphs.writes(other)), None):
+        if writer := graphs.writer(node):
             return f"{writer.name} writes into {node.name}, and so would write into what is stored."
         if leaves(node):
             return f"{node.name} is an output of the graph; stored, what a caller does to it would be seen by the next."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bert_evaluation import graph as graphs
+from bert_evaluation import onednn
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
 
@@ -41,6 +42,22 @@ def why_not_ours(linears: Iterable[Node]) -> str | None:
                         if reader not in ours:
                             return f"{parameter.target} is also read by {reader.name}, which would keep the old copy."
     return None
+
+
+def readers(stored: Node) -> list[Node]:
+    """Every node that reads the stored tensor which this one names."""
+    named = [node for node in stored.graph.nodes if node.op == "get_attr" and node.target == stored.target]
+    return [user for node in named for user in node.users]
+
+
+def sites_by_weight(graph: GraphModule) -> list[Site]:
+    """Every linear, plain or oneDNN's, those that share their weight together."""
+    sites: dict[object, list[Node]] = {}
+    for node in graph.graph.nodes:
+        if onednn.is_linear(node):
+            weight = onednn.weight_of(node)
+            sites.setdefault(weight.target if weight.op == "get_attr" else weight, []).append(node)
+    return [Site(linears[0], tuple(linears)) for linears in sites.values()]
 
 
 def written_between(first: Node, last: Node) -> Node | None:

@@ -10,7 +10,15 @@ from bert_evaluation import onednn
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
 from bert_evaluation.transformations.activations import activation_at
-from bert_evaluation.transformations.linear import free_name, stem, tensor_of, weight_and_bias, written_between
+from bert_evaluation.transformations.linear import (
+    free_name,
+    readers,
+    sites_by_weight,
+    stem,
+    tensor_of,
+    weight_and_bias,
+    written_between,
+)
 
 aten = torch.ops.aten
 
@@ -104,19 +112,14 @@ class PackLinears(ReversibleTransformation):
 
     def sites(self, graph: GraphModule) -> Iterable[Site]:
         """Every linear, those that share their weight together."""
-        sites: dict[object, list[Node]] = {}
-        for node in graph.graph.nodes:
-            if onednn.is_linear(node):
-                weight = onednn.weight_of(node)
-                sites.setdefault(weight.target if weight.op == "get_attr" else weight, []).append(node)
-        return [Site(linears[0], tuple(linears)) for linears in sites.values()]
+        return sites_by_weight(graph)
 
     def why_not(self, site: Site) -> str | None:
         """Refuse a weight that the graph computes, that others read too, or that oneDNN has no kernel for."""
         weight = onednn.weight_of(site.node)
         if weight.op != "get_attr":
             return f"{site.node.name} reads {weight.name}, which the graph computes: it is no stored parameter."
-        if reader := next((user for user in _readers(weight) if user not in site.nodes), None):
+        if reader := next((user for user in readers(weight) if user not in site.nodes), None):
             return f"{weight.target} is also read by {reader.name}, which would keep the old copy."
         tensor = tensor_of(weight)
         return "It is packed already." if tensor.is_mkldnn else onednn.why_not(tensor)
@@ -163,12 +166,6 @@ def _made_by_linear(node: Node) -> bool:
     return node.target is aten.linear.default or (
         node.target is aten.dropout.default and isinstance(node.args[0], Node) and _made_by_linear(node.args[0])
     )
-
-
-def _readers(weight: Node) -> list[Node]:
-    """Every node that reads the stored tensor which this one names."""
-    named = [node for node in weight.graph.nodes if node.op == "get_attr" and node.target == weight.target]
-    return [user for node in named for user in node.users]
 
 
 def _shape(node: Node) -> tuple[object, ...] | None:
