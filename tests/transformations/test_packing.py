@@ -48,7 +48,7 @@ def counts(report):
 def test_every_family(subject):
     family, model, base, reference = subject
     hash_before, constants = graphs.graph_hash(base), graphs.constants_hash(base)
-    steps = (RemoveDropout(), MergeLinears(), FuseLinearActivation(), FuseResidual(), PackLinears())
+    steps = (RemoveDropout(), MergeLinears(), FuseLinearActivation(anyway=True), FuseResidual(), PackLinears())
     recipe = compose(*steps, inplace=False)
     graph = recipe(base)
     found = [counts(report) for report in recipe.reports[2:]]
@@ -118,7 +118,7 @@ def captured(function):
 def test_an_activation_is_known_however_it_is_written(form):
     module, graph = captured(FORMS[form])
     x = 4 * torch.randn(50, 8)
-    fusion = FuseLinearActivation()
+    fusion = FuseLinearActivation(anyway=True)
     fused = fusion(graphs.fork(graph))
     assert counts(fusion.report) == (1, 1)
     assert [node.target for node in fused.graph.nodes if node.op == "call_function"] == [onednn.POINTWISE]
@@ -131,7 +131,7 @@ def test_an_activation_is_known_however_it_is_written(form):
 @pytest.mark.parametrize("form", OTHERS)
 def test_what_is_another_function_is_left(form):
     _, graph = captured(OTHERS[form])
-    before, fusion = graphs.graph_hash(graph), FuseLinearActivation()
+    before, fusion = graphs.graph_hash(graph), FuseLinearActivation(anyway=True)
     fusion(graph)
     assert not fusion.report.applied
     assert graphs.graph_hash(graph) == before
@@ -183,12 +183,24 @@ def test_refuses_what_would_change_the_function(kind):
     module = Between(kind)
     graph = capture(module, example_inputs={"x": torch.randn(3, 8)})
     before = graphs.graph_hash(graph)
-    for fusion, reason in zip((FuseLinearActivation(), FuseResidual()), REFUSALS[kind], strict=True):
+    for fusion, reason in zip((FuseLinearActivation(anyway=True), FuseResidual()), REFUSALS[kind], strict=True):
         fusion(graph)
         assert not fusion.report.applied
         if reason is not None:
             assert reason in fusion.report.refused[0].reason
     assert graphs.graph_hash(graph) == before
+
+
+@pytest.mark.parametrize(("capability", "applied"), [("AVX2", {"relu"}), ("AVX512", {"relu", "gelu", "tanh"})])
+def test_what_is_slow_on_the_processor_is_refused(monkeypatch, capability, applied):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for form in ("relu", "gelu", "tanh"):
+        _, graph = captured(FORMS[form])
+        fusion = FuseLinearActivation()
+        fusion(graph)
+        assert bool(fusion.report.applied) == (form in applied)
+        if form not in applied:
+            assert "takes longer than the two apart" in fusion.report.refused[0].reason
 
 
 def test_of_two_linears_added_one_ends_with_the_other():
@@ -257,7 +269,7 @@ def test_the_model_and_a_sibling_keep_their_weights():
 def test_a_packed_graph_is_saved_in_plain_operators(tmp_path):
     model = tiny("bert")
     base = capture(model)
-    graph = compose(FuseLinearActivation(), FuseResidual(), PackLinears(), inplace=False)(base)
+    graph = compose(FuseLinearActivation(anyway=True), FuseResidual(), PackLinears(), inplace=False)(base)
     assert not onednn.is_plain(graph)
     save(graph, tmp_path / "packed.pt2")
     found = read(tmp_path / "packed.pt2")

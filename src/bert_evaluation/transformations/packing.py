@@ -30,10 +30,13 @@ class FuseLinearActivation(ReversibleTransformation):
         z = gelu(y)
 
     GELU is known in all the forms that models write it in: the operator, exact or with tanh, and either spelt out.
-    Others: relu, tanh, sigmoid, silu.
+    Others: relu, tanh, sigmoid, silu. What oneDNN is slow at on this processor is refused unless `anyway`.
     """
 
     promise = Reassociates()
+
+    def __init__(self, anyway: bool = False) -> None:
+        self.anyway = anyway
 
     def sites(self, graph: GraphModule) -> Iterable[Site]:
         """Every activation."""
@@ -48,6 +51,8 @@ class FuseLinearActivation(ReversibleTransformation):
         for node in found.nodes[:-1]:
             if outside := next((user for user in node.users if user not in found.nodes), None):
                 return f"{node.name}, a part of it, is also read by {outside.name}."
+        if not self.anyway and (reason := onednn.why_slow(found.activation)):
+            return reason
         return _why_not_fused(found.source, found.nodes)
 
     def rewrite(self, graph: GraphModule, site: Site) -> None:
