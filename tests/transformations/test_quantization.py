@@ -279,7 +279,7 @@ def test_refuses_what_it_cannot_quantise(kind, reason):
 
 def test_what_is_fused_or_in_bfloat16_already_is_refused(bert_graph):
     for first, reason in (
-        (FuseLinearActivation(), "is fused or packed"),
+        (FuseLinearActivation(anyway=True), "is fused or packed"),
         (PackLinears(), "is fused or packed"),
         (CastToBFloat16(anyway=True), "The weight is torch.bfloat16"),
     ):
