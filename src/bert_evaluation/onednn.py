@@ -17,9 +17,17 @@ from bert_evaluation import int8
 from bert_evaluation.graph import GraphModule, Node
 
 aten = torch.ops.aten
-POINTWISE: Any = torch.ops.mkldnn._linear_pointwise.default
-BINARY: Any = torch.ops.mkldnn._linear_pointwise.binary
-INT8: Any = torch.ops.onednn.qlinear_pointwise.default
+
+
+def _operator(library: str, name: str, overload: str) -> Any:
+    """One of oneDNN's operators; None, which no node calls, where torch was built without it (as for some Macs)."""
+    found = getattr(getattr(torch.ops, library), name, None)
+    return found if found is None else getattr(found, overload)
+
+
+POINTWISE = _operator("mkldnn", "_linear_pointwise", "default")
+BINARY = _operator("mkldnn", "_linear_pointwise", "binary")
+INT8 = _operator("onednn", "qlinear_pointwise", "default")
 FUSED = (POINTWISE, BINARY, INT8)
 
 
