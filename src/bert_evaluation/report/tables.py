@@ -1,6 +1,6 @@
 """Experiments as tables and sentences for a terminal, made of the same words as the plain lines."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from rich.console import Group, RenderableType
@@ -9,16 +9,14 @@ from rich.rule import Rule
 from rich.text import Text
 
 from bert_evaluation.outcome import Outcome
-from bert_evaluation.report import terminal
+from bert_evaluation.report import cells, terminal
 from bert_evaluation.report.headline import headline, short
 from bert_evaluation.report.layout import Column, Figures, Prose, labelled, text
 from bert_evaluation.report.writing import error, milliseconds, tone
 from bert_evaluation.rows import Cell, Effect, Quality, Row
-from bert_evaluation.stats import Difference, Interval, Ratio
 from bert_evaluation.store import Entry
 from bert_evaluation.transformation import Report
 
-COLOURS = {"good": "green", "bad": "red", "open": "yellow"}
 STATES = {"finished": "green", "running": "yellow"}
 RECIPE = Column("\nrecipe", least=16, hang=2)
 SPEED = Column("\ntimes Base's speed")
@@ -30,7 +28,7 @@ def stage(name: str, outcome: Outcome, show_changes: bool = False) -> Iterator[R
     yield Text()
     yield from STAGES[name](outcome)
     if show_changes and name == "evaluate":
-        yield from map(_sentence, terminal.change_lines(outcome))
+        yield from map(cells.sentence, terminal.change_lines(outcome))
     yield Text()
 
 
@@ -49,16 +47,18 @@ def _transform(outcome: Outcome) -> Iterator[RenderableType]:
     if probes := {row.verification.probes for row in recipes if row.verification}:
         counts = " and ".join(f"{count:,}" for count in sorted(probes))
         verdicts = [row.verification.verdict for row in recipes if row.verification]
-        yield _verdicts(f"Promises checked on {counts} probes", verdicts, {"kept": "{} kept", "broken": "{} broken"})
-    yield from _alike((row, terminal.sites(row)) for row in recipes if row.unchanged)
+        yield cells.verdicts_of(
+            f"Promises checked on {counts} probes", verdicts, {"kept": "{} kept", "broken": "{} broken"}
+        )
+    yield from cells.alike((row, terminal.sites(row)) for row in recipes if row.unchanged)
     checked = [(row, row.verification) for row in recipes if row.verification]
-    yield from _alike((row, f"outputs {found.compared}") for row, found in checked if found.compared)
+    yield from cells.alike((row, f"outputs {found.compared}") for row, found in checked if found.compared)
     for row in recipes:
         if row.verification and not row.verification.kept:
-            yield _said(row, terminal.promise(row), "red")
+            yield cells.said(row, terminal.promise(row), "red")
     for row in recipes:
         yield from _refusals(row)
-    yield from map(_sentence, terminal.memory_lines(outcome))
+    yield from map(cells.sentence, terminal.memory_lines(outcome))
 
 
 def _refusals(row: Row) -> Iterator[RenderableType]:
@@ -76,7 +76,7 @@ def _promised(row: Row) -> Iterator[tuple[Text, ...]]:
     found = row.verification
     promise, difference = Text("not checked", "dim"), Text()
     if found is not None:
-        promise = Text.assemble(text(found.promise), " ", _verdict(found.verdict))
+        promise = Text.assemble(text(found.promise), " ", cells.verdict_of(found.verdict))
         difference = text(error(found.max_abs_error))
     title = text(short(row))
     if len(row.sites) > 1:
@@ -97,23 +97,25 @@ def _infer(outcome: Outcome) -> Iterator[RenderableType]:
         if row.latency is None:
             rows.append((text(short(row)), Text("not timed", "dim"), Text(), Text()))
             continue
-        time = _interval(row.latency, milliseconds(row.latency.estimate), ".2f")
+        time = cells.interval(row.latency, milliseconds(row.latency.estimate), ".2f")
         answer = Text() if row is base else Text("same") if row.answer == base.answer else Text("OTHERWISE", "bold red")
-        rows.append((text(short(row)), time, _ratio(row.speedup), answer))
+        rows.append((text(short(row)), time, cells.ratio(row.speedup), answer))
     yield Figures(columns, rows)
     yield Text()
-    yield from _speeds(row.speedup for row in outcome.rows)
-    yield from _alike((row, f"{terminal.sites(row)}; not timed") for row in outcome.rows[1:] if row.latency is None)
+    yield from cells.speeds(row.speedup for row in outcome.rows)
+    yield from cells.alike(
+        (row, f"{terminal.sites(row)}; not timed") for row in outcome.rows[1:] if row.latency is None
+    )
     for row in outcome.rows:
         if row.latency is not None and row.answer != base.answer:
-            yield _said(row, terminal.otherwise(row), "bold red")
-    yield from map(_sentence, terminal.timing_lines(outcome))
+            yield cells.said(row, terminal.otherwise(row), "bold red")
+    yield from map(cells.sentence, terminal.timing_lines(outcome))
     if not outcome.experiment.evaluate:
         yield from _effects(outcome)
 
 
 def _evaluate(outcome: Outcome) -> Iterator[RenderableType]:
-    yield _sentence(terminal.data_line(outcome))
+    yield cells.sentence(terminal.data_line(outcome))
     yield Text()
     columns = (
         RECIPE,
@@ -132,47 +134,47 @@ def _evaluate(outcome: Outcome) -> Iterator[RenderableType]:
     share = f"{outcome.experiment.margin:g} of Base's F1"
     words = {"not worse": "{} not worse", "worse": "{} worse", "cannot tell": "cannot tell for {}"}
     if differences:
-        yield _verdicts(f"Quality against {share}", [each.verdict for each in differences], words)
-    yield from _speeds(row.throughput_speedup for row in outcome.rows)
-    yield from _alike((row, terminal.sites(row)) for row, _ in rows if row.samples_per_second is None)
+        yield cells.verdicts_of(f"Quality against {share}", [each.verdict for each in differences], words)
+    yield from cells.speeds(row.throughput_speedup for row in outcome.rows)
+    yield from cells.alike((row, terminal.sites(row)) for row, _ in rows if row.samples_per_second is None)
     compared = [row for row, found in rows if row.samples_per_second and found.changed_answers is not None]
-    yield from _alike((row, terminal.speed(row)) for row in compared if row.throughput_speedup is None)
+    yield from cells.alike((row, terminal.speed(row)) for row in compared if row.throughput_speedup is None)
     for row, found in rows:
         if row.samples_per_second and found.changed_answers is None:
-            yield from (_said(row, line) for line in terminal.base_lines(row, found))
+            yield from (cells.said(row, line) for line in terminal.base_lines(row, found))
         if row.alarm:
-            yield _said(row, f"ALARM: {row.alarm}", "bold red")
+            yield cells.said(row, f"ALARM: {row.alarm}", "bold red")
     yield from _effects(outcome)
 
 
 def _evaluated(row: Row, found: Quality) -> tuple[Text, ...]:
     """A row's cells: scores, their difference, changed answers, time, speed."""
-    name, scores = text(short(row)), _two(text(f"{found.f1:.2f}"), f"{found.exact:.2f}")
+    name, scores = text(short(row)), cells.two(text(f"{found.f1:.2f}"), f"{found.exact:.2f}")
     if row.samples_per_second is None:
         return name, scores, Text("as Base", "dim"), Text(), Text(), Text()
-    time = _two(text(milliseconds(1000 / row.samples_per_second)), f"{row.samples_per_second:.2f}")
+    time = cells.two(text(milliseconds(1000 / row.samples_per_second)), f"{row.samples_per_second:.2f}")
     if found.changed_answers is None:
         return name, scores, Text(), Text(), time, Text()
     changed = text(f"{found.changed_answers:,}", "bold" if found.changed_answers else "")
     if row.alarm:
-        changed = _two(changed, "ALARM", "bold red")
-    speed = _ratio(row.throughput_speedup) if row.throughput_speedup else Text("not compared", "dim")
-    return name, scores, _difference(found.f1_difference), changed, time, speed
+        changed = cells.two(changed, "ALARM", "bold red")
+    speed = cells.ratio(row.throughput_speedup) if row.throughput_speedup else Text("not compared", "dim")
+    return name, scores, cells.difference(found.f1_difference), changed, time, speed
 
 
 def _map(outcome: Outcome) -> Iterator[RenderableType]:
     columns = (Column("batch ×\nlength", "right"), Column("\nthreads", "right"), Column("\nms", "right"), SPEED)
     for row in outcome.rows[1:]:
         if row.regime:
-            yield _said(row, terminal.tally(row.regime))
+            yield cells.said(row, terminal.tally(row.regime))
             yield Figures(columns, [_cell(cell) for cell in row.regime])
             yield Text()
-    yield from _alike((row, f"{terminal.sites(row)}; not timed") for row in outcome.rows[1:] if not row.regime)
+    yield from cells.alike((row, f"{terminal.sites(row)}; not timed") for row in outcome.rows[1:] if not row.regime)
 
 
 def _cell(cell: Cell) -> tuple[Text, ...]:
     shape, time = text(f"{cell.batch}×{cell.length}"), text(milliseconds(cell.row_ms))
-    return shape, text(f"{cell.threads}"), time, _ratio(cell.speedup)
+    return shape, text(f"{cell.threads}"), time, cells.ratio(cell.speedup)
 
 
 def _effects(outcome: Outcome) -> Iterator[RenderableType]:
@@ -187,14 +189,22 @@ def _effects(outcome: Outcome) -> Iterator[RenderableType]:
     for row in outcome.rows:
         if row.effects:
             yield Text()
-            yield _said(row, "what each step does")
+            yield cells.said(row, "what each step does")
             yield Figures(columns, [_effect(effect) for effect in row.effects])
 
 
 def _effect(effect: Effect) -> tuple[Text, ...]:
     ratio = effect.throughput_speedup or effect.speedup
-    faster = Text() if ratio is None else _two(text(f"{ratio.estimate:.3f}"), terminal.between(ratio, terminal.TIMES))
-    return text(effect.step), text(effect.way), _verdict(effect.verdict), faster, _difference(effect.f1_difference)
+    faster = (
+        Text() if ratio is None else cells.two(text(f"{ratio.estimate:.3f}"), terminal.between(ratio, terminal.TIMES))
+    )
+    return (
+        text(effect.step),
+        text(effect.way),
+        cells.verdict_of(effect.verdict),
+        faster,
+        cells.difference(effect.f1_difference),
+    )
 
 
 STAGES = {"transform": _transform, "infer": _infer, "map": _map, "evaluate": _evaluate}
@@ -206,7 +216,7 @@ def answer(outcome: Outcome) -> Iterator[RenderableType]:
         return
     found = headline(outcome)
     details = (Prose(text(each, "dim")) for each in found.details)
-    border = COLOURS["good"] if found.subject else "dim"
+    border = cells.COLOURS["good"] if found.subject else "dim"
     yield Panel(Group(Prose(text(found.sentence, "bold")), *details), border_style=border, padding=(0, 1))
 
 
@@ -235,9 +245,9 @@ def experiments(entries: Iterable[tuple[Entry, Outcome]]) -> Iterator[Renderable
     rows = []
     for entry, outcome in entries:
         started = text(entry.started[:16].replace("T", " "))
-        what = _two(text(terminal.subject(outcome)), entry.command)
+        what = cells.two(text(terminal.subject(outcome)), entry.command)
         count = f"{len(outcome.rows)} rows" if outcome.rows else ""
-        rows.append((text(f"{entry.number}", "bold"), started, what, _two(_state(entry.state), count)))
+        rows.append((text(f"{entry.number}", "bold"), started, what, cells.two(_state(entry.state), count)))
     if rows:
         yield Figures(columns, rows, spaced=True)
 
@@ -245,7 +255,7 @@ def experiments(entries: Iterable[tuple[Entry, Outcome]]) -> Iterator[Renderable
 def transformations(kinds: Iterable[tuple[str, str, str, str]]) -> Iterator[RenderableType]:
     """What there is to put into a recipe: name, promise, whether it can be undone, what it does."""
     columns = (Column("transformation"), Column("promise"), Column("what it does", least=20))
-    rows = [(text(name, "bold"), _two(text(promise), undo), text(what)) for name, promise, undo, what in kinds]
+    rows = [(text(name, "bold"), cells.two(text(promise), undo), text(what)) for name, promise, undo, what in kinds]
     yield Figures(columns, rows, spaced=True)
 
 
@@ -254,35 +264,9 @@ def whole(lines: Iterable[str]) -> Iterator[Text]:
     for line in lines:
         shown = text(line)
         for verdict in ("kept", "broken"):
-            shown.highlight_regex(f"(?<= promise ){verdict}", COLOURS[tone(verdict)])
+            shown.highlight_regex(f"(?<= promise ){verdict}", cells.COLOURS[tone(verdict)])
         shown.no_wrap, shown.overflow = True, "ignore"
         yield shown
-
-
-def _verdict(verdict: str) -> Text:
-    return text(verdict, COLOURS[tone(verdict)])
-
-
-def _two(first: Text, second: str, style: str = "dim") -> Text:
-    return Text.assemble(first, "\n", text(second, style))
-
-
-def _interval(found: Interval, estimate: str, form: str, verdict: str = "") -> Text:
-    """An estimate, what it says, and below them the ends of the interval."""
-    first = Text.assemble(text(estimate), " " if verdict else "", _verdict(verdict))
-    return _two(first, terminal.between(found, form))
-
-
-def _ratio(found: Ratio | None) -> Text:
-    if found is None:
-        return Text()
-    return _interval(found, f"{found.estimate:{terminal.TIMES}}", terminal.TIMES, found.verdict)
-
-
-def _difference(found: Difference | None) -> Text:
-    if found is None:
-        return Text()
-    return _interval(found, f"{found.estimate:{terminal.POINTS}}", terminal.POINTS, found.verdict)
 
 
 def _step(report: Report) -> str:
@@ -295,36 +279,3 @@ def _count(applied: str) -> Text:
 
 def _state(state: str) -> Text:
     return text(state, STATES.get(state, "red"))
-
-
-def _sentence(line: str) -> Prose:
-    return Prose(text(line), hang=2)
-
-
-def _said(row: Row, line: str, style: str = "") -> Prose:
-    """A sentence about one row."""
-    return Prose(Text.assemble(text(short(row)), ": ", text(line, style)), hang=2)
-
-
-def _alike(said: Iterable[tuple[Row, str]]) -> Iterator[Prose]:
-    """What is said of several rows, once."""
-    names: dict[str, list[str]] = {}
-    for row, line in said:
-        names.setdefault(line, []).append(short(row))
-    for line, about in names.items():
-        yield _sentence(f"{', '.join(about)}: {line}")
-
-
-def _speeds(found: Iterable[Ratio | None]) -> Iterator[Prose]:
-    verdicts = [each.verdict for each in found if each is not None]
-    words = {"faster": "{} faster", "slower": "{} slower", "cannot tell": "cannot tell for {}"}
-    if verdicts:
-        yield _verdicts("Speed against Base's", verdicts, words)
-
-
-def _verdicts(what: str, verdicts: Sequence[str], words: dict[str, str]) -> Prose:
-    """How often each verdict was given."""
-    counted = [
-        text(words[each].format(verdicts.count(each)), COLOURS[tone(each)]) for each in words if each in verdicts
-    ]
-    return Prose(Text.assemble(f"{what}: ", Text(", ").join(counted), "."), hang=2)
