@@ -123,5 +123,11 @@ def test_what_the_other_speed_says_and_what_was_not_compared():
     )
 
 
+def test_what_is_faster_by_the_other_measure_is_told_where_none_pays():
+    found = headline(outcome(base(), row("exact", 0.92, speedup=ratio(1.23)), row("MergeLinears", 0.95)))
+    assert found.sentence.startswith("Nothing pays: all 2 recipes timed are slower")
+    assert found.details[0] == "For one inference exact is 1.23 times faster, 1.20 to 1.26."
+
+
 def test_twenty_recipes():
     assert headline(rich()[0]).subject.name == "Base+QuantizeDynamic"

@@ -87,6 +87,7 @@ def headline(outcome: Outcome) -> Headline:
             return Headline(sentence, row, (*_other_speed(row, by), *_faster_still(passed_over), *apart))
     if faster:
         return _but(faster, apart)
+    apart = _faster_otherwise(changed, by) + apart
     unsure = [(ratio, row) for ratio, row in timed if ratio.verdict == "cannot tell"]
     if not unsure:
         return Headline(_all_slower(timed), details=apart)
@@ -158,6 +159,17 @@ def _other_speed(row: Row, by: Measure) -> tuple[str, ...]:
     estimate, low, high = decimals(found)
     verb = "it is " if found.verdict == "slower" else "it "
     return (f"{MEASURED[other].capitalize()} {verb}{said}: {estimate} times its speed, {low} to {high}.",)
+
+
+def _faster_otherwise(rows: Sequence[Row], by: Measure) -> tuple[str, ...]:
+    """The fastest row by the other way to measure speed, where by this one none pays."""
+    other: Measure = "inference" if by == "evaluation" else "evaluation"
+    found = [(ratio, row) for row in rows if (ratio := speed(row, other)) and ratio.verdict == "faster"]
+    sound = [(ratio, row) for ratio, row in found if objection(row) is None]
+    if not sound:
+        return ()
+    ratio, row = max(sound, key=lambda pair: pair[0].estimate)
+    return (f"{MEASURED[other].capitalize()} {short(row)} is {_times_faster(ratio)}.",)
 
 
 def _not_compared(count: int) -> tuple[str, ...]:
