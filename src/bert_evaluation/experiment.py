@@ -108,7 +108,8 @@ def _kept(experiment: Experiment, store: Store) -> str:
     if not (experiment.evaluate or experiment.map) or store.is_volatile:
         return "Interrupted: the stages printed so far are complete."
     again = "without --fresh the same command goes on" if experiment.fresh else "the same command goes on"
-    return f"Interrupted: what was done so far is kept in {store.file}; {again} from there."
+    done = "answered" if experiment.evaluate else "measured"
+    return f"Interrupted: what was {done} so far is kept in {store.file}; {again} from there."
 
 
 def _questions(experiment: Experiment) -> Dataset:
