@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bert_evaluation import onednn, varlen  # noqa: F401  # an archive may name the operators of varlen
+from bert_evaluation import kernels, onednn  # noqa: F401  # an archive may name the operators of kernels and varlen
 from bert_evaluation.errors import CaptureError
 from bert_evaluation.graph import GraphModule
 

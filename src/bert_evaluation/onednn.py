@@ -1,19 +1,16 @@
 """oneDNN's linears, as torch has them: the one place that names its operators, which are not public.
 
-`linear(x, W, b)` followed by a function of each element, or by the addition of another tensor, as one operator; the
-same on 8-bit integers; and weights stored beforehand in the order in which it reads them (packed). torch.compile is
-built on the same operators.
+`linear(x, W, b)` followed by a function of each element, or by the addition of another tensor, as one operator; and
+weights stored beforehand in the order in which it reads them (packed). torch.compile is built on the same operators.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bert_evaluation import graph as graphs
-from bert_evaluation import int8
 from bert_evaluation.graph import GraphModule, Node
 
 aten = torch.ops.aten
@@ -27,8 +24,7 @@ def _operator(library: str, name: str, overload: str) -> Any:
 
 POINTWISE = _operator("mkldnn", "_linear_pointwise", "default")
 BINARY = _operator("mkldnn", "_linear_pointwise", "binary")
-INT8 = _operator("onednn", "qlinear_pointwise", "default")
-FUSED = (POINTWISE, BINARY, INT8)
+FUSED = (POINTWISE, BINARY)
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,11 @@ class Activation:
     name: str
     variant: str
     operator: Any
+
+    @property
+    def label(self) -> str:
+        """Name and variant in one word."""
+        return self.name if self.variant in ("", "none") else f"{self.name}_{self.variant}"
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -69,40 +70,6 @@ def why_not(weight: Tensor) -> str | None:
     return None
 
 
-def why_not_int8(weight: Tensor) -> str | None:
-    """Why a linear with this weight cannot be oneDNN's on 8-bit integers, if so."""
-    if reason := why_not(weight):
-        return reason
-    if not int8_sums_are_right():
-        return "On this processor sums of int8 products overflow (it has no VNNI): its results would be wrong."
-    return None
-
-
-@cache
-def int8_sums_are_right() -> bool:
-    """Whether sums of the largest products there are come out; tried, since no flag of the processor tells it all.
-
-    Without VNNI, two products are added in 16 bits, which cannot hold them.
-    """
-    inputs, outputs = 64, 16
-    tokens = torch.full((4, inputs), 255, dtype=torch.uint8)
-    weight = torch.full((outputs, inputs), int8.LARGEST, dtype=torch.int8)
-    ones, zeros = torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64)
-    try:
-        found = INT8(*int8_arguments(tokens, pack(weight), ones, zeros))
-    except RuntimeError:  # there is no kernel for it
-        return False
-    return torch.equal(found, int8.LINEAR(tokens, weight, ones))
-
-
-def int8_arguments(tokens: Any, packed: Any, scales: Any, zeros: Any) -> tuple[Any, ...]:
-    """What `INT8` takes (tensors or nodes) to return in float32 what `int8.LINEAR` does.
-
-    The tokens' scales are left to who calls it: the operator takes no more than one for all of them.
-    """
-    return (tokens, 1.0, int8.ZERO, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-
-
 def why_slow(activation: Activation) -> str | None:
     """Why a linear that ends with this activation takes longer than the two apart, if so.
 
@@ -120,18 +87,13 @@ def _has_avx512() -> bool:
 
 def pack(weight: Tensor) -> Tensor:
     """The weight (out, in) in the order in which this processor's kernels read it: an opaque tensor."""
-    packed: Tensor
-    if weight.dtype is torch.int8:
-        packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    else:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
     return packed
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The weight that was packed, bit for bit."""
-    # Integers are packed as (in, out).
-    return packed.to_dense().t().contiguous() if packed.dtype is torch.int8 else packed.to_dense()
+    return packed.to_dense()
 
 
 def is_linear(node: Node) -> bool:
@@ -170,10 +132,6 @@ def expand(graph: GraphModule) -> GraphModule:
 
 def _make_plain(node: Node) -> None:
     """Let the node, under its own name, compute the same of a plain linear before it; or be that linear."""
-    if node.target is INT8:
-        tokens, _, _, weight, scales = node.args[:5]
-        node.target, node.args = int8.LINEAR, (tokens, weight, scales)
-        return
     x, *others, weight, bias, name = node.args[:5] if node.target is BINARY else node.args[:4]
     if name == "none":
         node.target, node.args = aten.linear.default, (x, weight, bias)

@@ -24,10 +24,7 @@ def pad(packed: Tensor, mask: Tensor) -> Tensor:
     return padded
 
 
-@torch.library.custom_op("bert_evaluation::varlen_attention", mutates_args=())
-def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int, scale: float | None
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int, scale: float | None) -> Tensor:
     """Attention of packed tokens to those of their own sequence. Neighbours of the same length are computed at once."""
     lengths = mask.bool().sum(dim=1).tolist()
     results, start = [], 0
@@ -43,6 +40,9 @@ def varlen_attention(
         results.append(found.transpose(1, 2).reshape(1, rows * length, -1))
         start += rows * length
     return torch.cat(results, dim=1) if results else value.new_empty(value.shape)
+
+
+varlen_attention = torch.library.custom_op("bert_evaluation::varlen_attention", attention, mutates_args=())
 
 
 @unpad.register_fake

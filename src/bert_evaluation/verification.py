@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bert_evaluation import graph as graphs
-from bert_evaluation import onednn, varlen
+from bert_evaluation import kernels, onednn, varlen
 from bert_evaluation.capturing import capture, eval_mode
 from bert_evaluation.errors import UsageError
 from bert_evaluation.graph import GraphModule, Node
@@ -113,7 +113,9 @@ def observe(model: nn.Module, probes: Sequence[Probe] | None = None, precise: nn
 
 def in_double(model: nn.Module) -> nn.Module:
     """A copy of a model or graph that computes in float64."""
-    return graphs.in_double(onednn.expand(model)) if isinstance(model, GraphModule) else copy.deepcopy(model).double()
+    if isinstance(model, GraphModule):
+        return kernels.in_plain_pytorch(graphs.in_double(onednn.expand(model)))
+    return copy.deepcopy(model).double()
 
 
 def verify(model: nn.Module, graph: GraphModule, probes: Sequence[Probe] | None = None) -> Verification:
@@ -282,11 +284,7 @@ def parting(before: GraphModule, after: GraphModule, inputs: Mapping[str, Tensor
     passed over: it is what is computed with them that counts. What is packed is compared as if it were padded.
     """
     expected, got, marks = _record(before, inputs), _record(after, inputs), _marks(inputs, promise)
-    exact = (
-        {}
-        if isinstance(promise, Bitwise)
-        else _record(graphs.in_double(onednn.expand(before)), _doubled(inputs)).values
-    )
+    exact = {} if isinstance(promise, Bitwise) else _record(in_double(before), _doubled(inputs)).values
     for name, (node, values) in expected.values.items():
         if node.op == "get_attr" or name not in got.values:
             continue

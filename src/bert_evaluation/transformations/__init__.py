@@ -12,11 +12,13 @@ from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, 
 from bert_evaluation.transformations.constants import FoldConstants
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
 from bert_evaluation.transformations.masks import HoistMask
+from bert_evaluation.transformations.normalization import FuseSkipLayerNorm
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
 from bert_evaluation.transformations.padding import RemovePadding
 from bert_evaluation.transformations.precision import CastToBFloat16
 from bert_evaluation.transformations.quantization import QuantizeLinears
 from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
+from bert_evaluation.transformations.tiles import TileAttention, TileLinears
 
 REGISTRY: tuple[type[Transformation], ...] = (
     LintAndRecompile,
@@ -38,24 +40,22 @@ REGISTRY: tuple[type[Transformation], ...] = (
     RemovePadding,
     CastToBFloat16,
     QuantizeLinears,
+    TileLinears,
+    TileAttention,
+    FuseSkipLayerNorm,
 )
 
 ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMulByInverse, RemoveDropout)
 
 
+CLEAN = (RemoveDropout, FoldConstants, EliminateCommonSubexpressions, FuseAttention, HoistMask, MergeLinears)
+FUSE = (FuseLinearActivation, FuseResidual, FuseSkipLayerNorm, PackLinears)
+
 # Named recipes, for `--recipe exact`. What a device has no kernels for is refused there and left as it is.
 PRESETS: Presets = {
-    "exact": (
-        RemoveDropout,
-        FoldConstants,
-        EliminateCommonSubexpressions,
-        FuseAttention,
-        HoistMask,
-        MergeLinears,
-        FuseLinearActivation,
-        FuseResidual,
-        PackLinears,
-    ),
+    "exact": (*CLEAN, *FUSE),
+    "bf16": (*CLEAN, CastToBFloat16, TileLinears, TileAttention, *FUSE),
+    "int8": (*CLEAN, QuantizeLinears, CastToBFloat16, TileLinears, TileAttention, *FUSE),
 }
 
 
@@ -85,6 +85,7 @@ __all__ = [
     "FuseBiasInLinear",
     "FuseLinearActivation",
     "FuseResidual",
+    "FuseSkipLayerNorm",
     "HoistMask",
     "LintAndRecompile",
     "MergeLinears",
@@ -94,6 +95,8 @@ __all__ = [
     "RemoveDropout",
     "RemovePadding",
     "ReversibleTransformation",
+    "TileAttention",
+    "TileLinears",
     "Transformation",
     "compose",
     "original_recipes",

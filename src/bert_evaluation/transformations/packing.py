@@ -1,4 +1,7 @@
-"""Linears that do more at once, with weights stored as the processor reads them. For CPUs, on oneDNN's operators."""
+"""Linears that do more at once, with weights stored as the processor reads them. For CPUs.
+
+Linears in tiles (`TileLinears`, `QuantizeLinears`) take what follows them in themselves; others become oneDNN's.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bert_evaluation import graph as graphs
-from bert_evaluation import onednn
+from bert_evaluation import kernels, onednn
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
 from bert_evaluation.transformations.activations import activation_at
@@ -19,6 +22,7 @@ from bert_evaluation.transformations.linear import (
     weight_and_bias,
     written_between,
 )
+from bert_evaluation.transformations.tiles import why_not_ended, with_ending
 
 aten = torch.ops.aten
 
@@ -51,6 +55,10 @@ class FuseLinearActivation(ReversibleTransformation):
         for node in found.nodes[:-1]:
             if outside := next((user for user in node.users if user not in found.nodes), None):
                 return f"{node.name}, a part of it, is also read by {outside.name}."
+        if found.source.target is kernels.LINEAR:
+            if found.activation.label not in kernels.ACTIVATIONS:
+                return f"Linears in tiles end with no {found.activation.label}."
+            return why_not_ended(found.source, found.nodes, "activation")
         if not self.anyway and (reason := onednn.why_slow(found.activation)):
             return reason
         return _why_not_fused(found.source, found.nodes)
@@ -60,9 +68,13 @@ class FuseLinearActivation(ReversibleTransformation):
         found = activation_at(site.node)
         assert found is not None
         linear, activation = found.source, found.activation
+        inner = (*reversed(found.nodes[:-1]), linear)
+        if linear.target is kernels.LINEAR:
+            _replace(graph, site.node, inner, kernels.LINEAR, with_ending(linear, activation=activation.label))
+            return
         weight, bias = weight_and_bias(linear)
         arguments: tuple[object, ...] = (linear.args[0], weight, bias, activation.name, [], activation.variant)
-        _replace(graph, site.node, (*reversed(found.nodes[:-1]), linear), onednn.POINTWISE, arguments)
+        _replace(graph, site.node, inner, onednn.POINTWISE, arguments)
 
 
 class FuseResidual(ReversibleTransformation):
@@ -91,15 +103,18 @@ class FuseResidual(ReversibleTransformation):
         shapes = {_shape(each) for each in (one, other, node)}
         if None in shapes or len(shapes) > 1:
             return f"{one.name} and {other.name} differ in shape or type; one is repeated to be added."
-        reasons = [_why_not_fused(each, (node,)) for each in (one, other) if _made_by_linear(each)]
+        reasons = [_why_not_added(each, node) for each in (one, other) if _made_by_linear(each)]
         return None if None in reasons else reasons[0]
 
     def rewrite(self, graph: GraphModule, site: Site) -> None:
         """Let the linear end with the addition."""
         node = site.node
         one, other = node.all_input_nodes
-        if not (_made_by_linear(other) and _why_not_fused(other, (node,)) is None):
+        if not (_made_by_linear(other) and _why_not_added(other, node) is None):
             one, other = other, one
+        if other.target is kernels.LINEAR:
+            _replace(graph, node, (other,), kernels.LINEAR, with_ending(other, residual=one))
+            return
         weight, bias = weight_and_bias(other)
         _replace(graph, node, (other,), onednn.BINARY, (other.args[0], one, weight, bias, "add"))
 
@@ -167,8 +182,14 @@ def _why_not_fused(linear: Node, readers: Sequence[Node]) -> str | None:
     return onednn.why_not(tensor_of(weight))
 
 
+def _why_not_added(linear: Node, addition: Node) -> str | None:
+    if linear.target is kernels.LINEAR:
+        return why_not_ended(linear, (addition,), "residual")
+    return _why_not_fused(linear, (addition,))
+
+
 def _made_by_linear(node: Node) -> bool:
-    return node.target is aten.linear.default or (
+    return node.target in (aten.linear.default, kernels.LINEAR) or (
         node.target is aten.dropout.default and isinstance(node.args[0], Node) and _made_by_linear(node.args[0])
     )
 

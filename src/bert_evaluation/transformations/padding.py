@@ -1,6 +1,6 @@
 """Padding goes: what is computed for each token is computed for real tokens only."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,11 @@ from torch import Tensor, fx
 from bert_evaluation import varlen
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
+from bert_evaluation.transformations.heads import Attention, RefusedError, attentions, call, heads_at
 from bert_evaluation.transformations.padding_mask import MASK, why_not_padding_mask
 from bert_evaluation.transformations.positions import closing, is_position_wise, shape, shapes, why_not_position_wise
 
 aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
-SAME = (aten.contiguous.default, aten.clone.default, aten.view.default, aten.reshape.default)
 CHECK = aten._assert_tensor_metadata.default
 
 
@@ -38,13 +36,13 @@ class RemovePadding(ReversibleTransformation):
 
     def sites(self, graph: GraphModule) -> Iterable[Site]:
         """The first attention, as one operator or written out."""
-        return [Site(node) for node in _attentions(graph.graph)][:1]
+        return [Site(node) for node in attentions(graph.graph)][:1]
 
     def why_not(self, site: Site) -> str | None:
         """Refuse whatever mixes positions in another way; the sentence names it."""
         try:
             _plan(site.node.graph)
-        except _RefusedError as refusal:
+        except RefusedError as refusal:
             return str(refusal)
         return None
 
@@ -53,37 +51,20 @@ class RemovePadding(ReversibleTransformation):
         plan = _plan(site.node.graph)
         entry, inside = plan.entry, {*plan.packed, *(node for each in plan.attentions for node in each.inner)}
         with graph.graph.inserting_before(min(entry.users)):
-            unpadded = _call(varlen.UNPAD, (entry, plan.mask), entry, _flat(entry.meta["val"]))
+            unpadded = call(varlen.UNPAD, (entry, plan.mask), entry, _flat(entry.meta["val"]))
         entry.replace_all_uses_with(unpadded, delete_user_cb=inside.__contains__)
         for node in plan.packed:
             if leaving := {user for user in node.users if user in plan.closing or user.op == "output"}:
                 with graph.graph.inserting_after(node):
-                    padded = _call(varlen.PAD, (node, plan.mask), node, node.meta["val"])
+                    padded = call(varlen.PAD, (node, plan.mask), node, node.meta["val"])
                 node.replace_all_uses_with(padded, delete_user_cb=leaving.__contains__)
             node.meta["val"] = _flat(node.meta.get("val"))
         for each in plan.attentions:
             with graph.graph.inserting_before(each.result):
                 arguments = (*(split.args[0] for split in each.splits), plan.mask, each.heads, each.scale)
-                packed = _call(varlen.ATTENTION, arguments, each.node, each.result.meta["val"])
+                packed = call(varlen.ATTENTION, arguments, each.node, each.result.meta["val"])
             each.result.replace_all_uses_with(packed)
         _drop(graph.graph, {node for each in plan.attentions for node in (*each.inner, each.result)})
-
-
-class _RefusedError(Exception):
-    """Why the graph cannot be packed, in a sentence."""
-
-
-@dataclass(frozen=True)
-class _Attention:
-    """An attention, the nodes that split its tensors into heads, that which joins them, and all but the last."""
-
-    node: Node
-    mask: Node
-    splits: tuple[Node, ...]
-    result: Node
-    inner: frozenset[Node]
-    heads: int
-    scale: float | None
 
 
 @dataclass(frozen=True)
@@ -92,110 +73,51 @@ class _Plan:
 
     entry: Node
     mask: Node
-    attentions: tuple[_Attention, ...]
+    attentions: tuple[Attention, ...]
     packed: tuple[Node, ...]
     closing: frozenset[Node]
 
 
 def _plan(graph: fx.Graph) -> _Plan:
-    """What to pack. Raises _RefusedError."""
+    """What to pack. Raises RefusedError."""
     mask = next((node for node in graph.find_nodes(op="placeholder") if node.target == MASK), None)
     if mask is None:
-        raise _RefusedError(f"The graph has no input {MASK} that says what is padding.")
-    attentions = tuple(_attention(node) for node in _attentions(graph))
-    for reason in map(why_not_padding_mask, dict.fromkeys(each.mask for each in attentions)):
+        raise RefusedError(f"The graph has no input {MASK} that says what is padding.")
+    found = tuple(map(_padded_attention, attentions(graph)))
+    for reason in map(why_not_padding_mask, dict.fromkeys(each.mask for each in found if each.mask is not None)):
         if reason is not None:
-            raise _RefusedError(reason)
-    entry = _entry(attentions[0])
+            raise RefusedError(reason)
+    entry = _entry(found[0])
     after = _dependents(entry)
-    last, inner = closing(after), frozenset[Node]().union(*(each.inner for each in attentions))
+    last, inner = closing(after), frozenset[Node]().union(*(each.inner for each in found))
     packed = [node for node in after if node not in last and node not in inner]
-    _hold_packable(entry, packed, attentions, inner)
-    return _Plan(entry, mask, attentions, tuple(packed), frozenset(last))
+    _hold_packable(entry, packed, found, inner)
+    return _Plan(entry, mask, found, tuple(packed), frozenset(last))
 
 
-def _hold_packable(entry: Node, packed: list[Node], attentions: tuple[_Attention, ...], inner: frozenset[Node]) -> None:
+def _hold_packable(entry: Node, packed: list[Node], attentions: tuple[Attention, ...], inner: frozenset[Node]) -> None:
     known, results = {entry, *packed}, {each.result for each in attentions}
     for node in packed:
         if node not in results and (reason := why_not_position_wise(node, known)) is not None:
-            raise _RefusedError(reason)
+            raise RefusedError(reason)
         if any(len(each) != 3 or each[:2] != shape(entry)[:2] for each in shapes(node)):
-            raise _RefusedError(f"{node.name} has another shape than (batch, length, width).")
+            raise RefusedError(f"{node.name} has another shape than (batch, length, width).")
     for each in attentions:
         if stray := next((split for split in each.splits if split.args[0] not in known), None):
-            raise _RefusedError(f"{each.node.name} attends to {stray.args[0]}, which does not depend on {entry.name}.")
+            raise RefusedError(f"{each.node.name} attends to {stray.args[0]}, which does not depend on {entry.name}.")
     for node in inner:
         if reader := next((user for user in node.users if user not in inner and user not in results), None):
-            raise _RefusedError(f"{node.name}, a part of attention, is also read by {reader.name}.")
+            raise RefusedError(f"{node.name}, a part of attention, is also read by {reader.name}.")
 
 
-def _attentions(graph: fx.Graph) -> Iterator[Node]:
-    """Every attention: one operator, or the softmax of one that is written out."""
-    for node in graph.nodes:
-        if node.target is SDPA or (node.target in SOFTMAX and len(shape(node)) == 4):
-            yield node
+def _padded_attention(node: Node) -> Attention:
+    found = heads_at(node)
+    if found.mask is None:
+        raise RefusedError(f"{node.name} attends to padding too: it has no mask.")
+    return found
 
 
-def _attention(node: Node) -> _Attention:
-    if node.target is not SDPA:
-        raise _RefusedError(f"{node.name} is a part of attention that is written out; apply FuseAttention before.")
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    arguments: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
-    mask, scale = arguments.get("attn_mask"), arguments.get("scale")
-    if not isinstance(mask, Node):
-        raise _RefusedError(f"{node.name} attends to padding too: it has no mask.")
-    if arguments.get("dropout_p") or arguments.get("is_causal") or arguments.get("enable_gqa"):
-        raise _RefusedError(f"{node.name} is causal, drops out, or shares keys between heads.")
-    splitting = [_splitting(node, arguments[name]) for name in names[:3]]
-    *joining, result = _joining(node)
-    heads, *others = (shape(nodes[-1])[2] for nodes in splitting)
-    if not isinstance(heads, int) or any(other != heads for other in others):
-        raise _RefusedError(f"{node.name} has not the same number of heads for query, key and value.")
-    inner = frozenset((node, *joining, *(each for nodes in splitting for each in nodes)))
-    return _Attention(node, mask, tuple(nodes[-1] for nodes in splitting), result, inner, heads, scale)
-
-
-def _splitting(attention: Node, node: Node) -> list[Node]:
-    """The nodes that split (batch, length, width) into heads, last to first."""
-    found, swapped = [], False
-    while (node.target in SAME or _swaps(node)) and isinstance(source := node.args[0], Node):
-        found.append(node)
-        swapped ^= _swaps(node)
-        before, after = shape(source), shape(node)
-        if swapped and len(before) == 3 and len(after) == 4 and before[:2] == after[:2]:
-            return found
-        if not _swaps(node) and before != after:
-            break
-        node = source
-    raise _RefusedError(f"{attention.name} reads {node.name}, which is more than a tensor split into heads.")
-
-
-def _joining(attention: Node) -> list[Node]:
-    """The nodes that join the heads of attention's result, first to last."""
-    node, found, swapped = attention, list[Node](), False
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if user.target not in SAME and not _swaps(user):
-            break
-        found.append(user)
-        swapped ^= _swaps(user)
-        before, after = shape(node), shape(user)
-        if swapped and len(before) == 4 and len(after) == 3 and before[:2] == after[:2]:
-            return found
-        if not _swaps(user) and before != after:
-            break
-        node = user
-    raise _RefusedError(f"{node.name}, of {attention.name}, is read otherwise than by what joins its heads.")
-
-
-def _swaps(node: Node) -> bool:
-    """Whether the node exchanges heads and positions."""
-    if node.target is aten.transpose.int:
-        return node.args[1:] in ((1, 2), (2, 1), (-3, -2), (-2, -3))
-    return node.target is aten.permute.default and node.args[1] == [0, 2, 1, 3]
-
-
-def _entry(first: _Attention) -> Node:
+def _entry(first: Attention) -> Node:
     """Where packing begins: as far in front of the first attention as each node is computed of one tensor alone."""
     entry = first.splits[0].args[0]
     assert isinstance(entry, Node)
@@ -205,7 +127,7 @@ def _entry(first: _Attention) -> Node:
             break
         entry = sources[0]
     if len(shape(entry)) != 3:
-        raise _RefusedError(f"{entry.name}, where packing would begin, is not of shape (batch, length, width).")
+        raise RefusedError(f"{entry.name}, where packing would begin, is not of shape (batch, length, width).")
     return entry
 
 
@@ -216,14 +138,6 @@ def _dependents(entry: Node) -> list[Node]:
         if node.op != "output" and any(source in found for source in node.all_input_nodes):
             found[node] = None
     return list(found)[1:]
-
-
-def _call(target: Any, arguments: tuple[Any, ...], like: Node, value: object) -> Node:
-    """Call an operator, in the layer of another node."""
-    node = like.graph.call_function(target, arguments)
-    node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
-    node.meta["val"] = value
-    return node
 
 
 def _flat(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Linears and attention in bfloat16, and all that lies between them."""
 
+import math
 import operator
 import re
 from collections.abc import Iterable
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from bert_evaluation import graph as graphs
-from bert_evaluation import onednn
+from bert_evaluation import kernels, onednn
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Approximates, ReversibleTransformation, Site
 from bert_evaluation.transformations.activations import LARGEST, Found, activation_at
 from bert_evaluation.transformations.linear import free_name, tensor_of, weight_and_bias
+from bert_evaluation.transformations.tiles import ENDINGS, ending
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -67,8 +69,8 @@ class CastToBFloat16(ReversibleTransformation):
         self.anyway = anyway
 
     def sites(self, graph: GraphModule) -> Iterable[Site]:
-        """Every linear, and every scaled_dot_product_attention."""
-        return [Site(node) for node in graph.graph.nodes if onednn.is_linear(node) or node.target is ATTENTION]
+        """Every linear, those on integers too, and every scaled_dot_product_attention."""
+        return [Site(node) for node in graph.graph.nodes if _is_linear(node) or node.target is ATTENTION]
 
     def why_not(self, site: Site) -> str | None:
         """Refuse what is kept, is no float32, is written into, or would be slower here."""
@@ -79,8 +81,11 @@ class CastToBFloat16(ReversibleTransformation):
             return "It is in bfloat16 already." if type_of is LOW else f"It computes in {type_of}, not in float32."
         if node.target is ATTENTION:
             mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-            if isinstance(mask, Node) and _type(mask) is not torch.bool:
+            if isinstance(mask, Node) and _type(mask) is not torch.bool and keeps(mask) is None:
                 return f"{mask.name} is added to the scores; what it hides with may be infinite in bfloat16."
+        elif node.target is kernels.LINEAR:
+            if ending(node) != ENDINGS:
+                return f"{node.name} has taken in what follows it; cast before that."
         else:
             for parameter in _stored(node):
                 if parameter.op != "get_attr":
@@ -90,7 +95,7 @@ class CastToBFloat16(ReversibleTransformation):
                 return f"{writer.name} writes into {each.name} in place."
         value = node.meta["val"]
         reason = onednn.why_not(torch.empty(0, dtype=LOW, device=value.device))
-        can_be_slow = value.device.type == "cpu" and node.target in (aten.linear.default, ATTENTION)
+        can_be_slow = value.device.type == "cpu" and node.target in (aten.linear.default, ATTENTION, kernels.LINEAR)
         if reason is None or (self.anyway and can_be_slow):
             return None
         return f"{reason} It would be slower; anyway=True casts it all the same." if can_be_slow else reason
@@ -98,11 +103,15 @@ class CastToBFloat16(ReversibleTransformation):
     def rewrite(self, graph: GraphModule, site: Site) -> list[tuple[str, Tensor]]:  # noqa: ARG002
         """Cast what it reads, once, and let what it returns be cast back as late as can be."""
         node, replaced = site.node, list[tuple[str, Tensor]]()
-        stored = [] if node.target is ATTENTION else _stored(node)
+        stored = [] if node.target in (ATTENTION, kernels.LINEAR) else _stored(node)
         for parameter in stored:
             replaced.append((str(parameter.target), tensor_of(parameter)))
             node.replace_input_with(parameter, _lowered(parameter, node))
-        inputs = node.args[:3] if node.target is ATTENTION else node.all_input_nodes
+        read = {ATTENTION: node.args[:3], kernels.LINEAR: node.args[:1]}
+        inputs = read.get(node.target, node.all_input_nodes)
+        for mask in node.all_input_nodes if node.target is ATTENTION else ():
+            if (keep := keeps(mask)) is not None:
+                node.replace_input_with(mask, keep)
         for source in dict.fromkeys(inputs):
             if isinstance(source, Node) and _type(source) is HIGH:
                 node.replace_input_with(source, _down(source, node))
@@ -163,6 +172,16 @@ class CastToBFloat16(ReversibleTransformation):
         return None if None in low.values() else {high: each for high, each in low.items() if each is not None}
 
 
+def keeps(mask: Node) -> Node | None:
+    """The boolean mask that an additive one, 0 or -inf, was made of: attention makes the same of either."""
+    if mask.target is not aten.where.ScalarOther or mask.args[2] != -math.inf:
+        return None
+    keep, zero = mask.args[:2]
+    assert isinstance(keep, Node)
+    is_zero = isinstance(zero, Node) and zero.target is aten.zeros.default
+    return keep if is_zero and _type(keep) is torch.bool else None
+
+
 def words(keep: Iterable[str]) -> tuple[str, ...]:
     """A keep list as it was given, or the one word. Raises TypeError for anything else."""
     found = (keep,) if isinstance(keep, str) else tuple(keep)
@@ -175,7 +194,7 @@ def why_kept(node: Node, keep: Iterable[str]) -> str | None:
     """Why the keep list leaves a node as it is, if it does."""
     for word in keep:
         if word == "logits":
-            if onednn.is_linear(node) and _makes_outputs(node):
+            if _is_linear(node) and _makes_outputs(node):
                 return "The keep list has 'logits', and this makes an output."
         elif any(_is_in(_plain(word), _plain(name)) for name in (graphs.layer(node), str(node.target))):
             return f"The keep list has {word!r}."
@@ -195,9 +214,13 @@ def _is_in(word: str, name: str) -> bool:
 def _makes_outputs(node: Node) -> bool:
     """Whether the result reaches an output by no other linear and no attention."""
     return any(
-        user.op == "output" or (not onednn.is_linear(user) and user.target is not ATTENTION and _makes_outputs(user))
+        user.op == "output" or (not _is_linear(user) and user.target is not ATTENTION and _makes_outputs(user))
         for user in node.users
     )
+
+
+def _is_linear(node: Node) -> bool:
+    return onednn.is_linear(node) or node.target is kernels.LINEAR
 
 
 def _stored(linear: Node) -> list[Node]:

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from bert_evaluation import graph as graphs
-from bert_evaluation import int8, onednn
+from bert_evaluation import kernels
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Approximates, ReversibleTransformation, Site
 from bert_evaluation.transformations.linear import (
@@ -17,7 +17,7 @@ from bert_evaluation.transformations.linear import (
     tensor_of,
     weight_and_bias,
 )
-from bert_evaluation.transformations.precision import CAST, why_kept, words
+from bert_evaluation.transformations.precision import why_kept, words
 
 aten = torch.ops.aten
 
@@ -25,16 +25,15 @@ aten = torch.ops.aten
 class QuantizeLinears(ReversibleTransformation):
     """Linears multiply 8-bit integers: weights rounded once, what they read as it comes.
 
-        y = linear(x, W, b)        becomes        s = max(abs(x)) / 127, of each token
-                                                  t = to(x / s + 128.5, uint8)
-                                                  y = b + linear_int8(t, W in int8, its scales) * s
+        y = linear(x, W, b)      becomes      y = bert_evaluation.linear(x, packed W in int8, its scales, b, outputs)
 
     Symmetric, with a scale for each output of a weight and one for each token, found as the token comes: so nothing is
-    calibrated, and no text's answer depends on those beside it. Sums are 32 bits wide, results float32. Linears that
-    read the same tensor read the same integers. The int8 weight takes the place of the other. `keep` lists what stays
-    in float32: words in the paths of layers, and "logits" for the linears that make the outputs. A processor whose
-    sums overflow is refused unless `anyway`: then in plain PyTorch, slowly, to measure what the answers lose. A site is
-    one weight, wherever applied.
+    calibrated, and no text's answer depends on those beside it. Sums are 32 bits wide, results as x. What follows can
+    go into the operator: `FuseLinearActivation`, `FuseResidual`, `FuseSkipLayerNorm`; and `CastToBFloat16` lets it read
+    and return bfloat16. The int8 weight takes the place of the other. `keep` lists what stays as it is: words in the
+    paths of layers, and "logits" for the linears that make the outputs. A processor without VNNI, whose sums of int8
+    products overflow, or one for which nothing can be compiled, is refused unless `anyway`: then in plain PyTorch,
+    slowly, to measure what the answers lose. A site is one weight, wherever applied.
     """
 
     promise = Approximates()
@@ -61,72 +60,31 @@ class QuantizeLinears(ReversibleTransformation):
         tensor = tensor_of(weight)
         if tensor.dtype is not torch.float32:
             return f"The weight is {tensor.dtype}, not float32."
-        if tensor.shape[1] > int8.LONGEST:
-            return f"It adds {tensor.shape[1]} products; more than {int8.LONGEST} may not fit into 32 bits."
+        if tensor.shape[1] > kernels.LONGEST:
+            return f"It adds {tensor.shape[1]} products; more than {kernels.LONGEST} may not fit into 32 bits."
         for source in (node.args[0] for node in site.nodes):
             if isinstance(source, Node) and (writer := graphs.writer(source)):
                 return f"{writer.name} writes into {source.name} in place."
-        reason = onednn.why_not_int8(tensor)
-        if reason is None or self.anyway:
-            return None
-        return f"{reason} anyway=True computes it in plain PyTorch, slowly."
+        reason = None if self.anyway else kernels.why_not(torch.int8, tensor.device)
+        return reason and f"{reason} anyway=True computes it in plain PyTorch, slowly."
 
     def rewrite(self, graph: GraphModule, site: Site) -> tuple[str, Tensor]:
-        """Quantise the weight, and before each of its linears what that reads."""
+        """Quantise the weight, and let every linear read it."""
         weight = weight_and_bias(site.node)[0]
-        tensor = tensor_of(weight)
-        rounded, scales = int8.quantize_weight(tensor.detach())
-        fast = onednn.why_not_int8(tensor) is None
-        stored = {"weight": onednn.pack(rounded) if fast else rounded, "scales": scales}
-        if fast:
-            stored["zeros"] = torch.zeros(len(scales), dtype=torch.int64)
-        module = free_name(graph, stem(weight) + "_int8", "weight").removesuffix(".weight")
-        for leaf, each in stored.items():
-            graphs.set_tensor(graph, f"{module}.{leaf}", each)
+        tensor, module = tensor_of(weight), free_name(graph, stem(weight) + "_int8", "weight").removesuffix(".weight")
+        rounded, steps = kernels.quantize(tensor.detach())
+        graphs.set_tensor(graph, f"{module}.weight", kernels.pack(rounded.to(torch.int8)))
+        graphs.set_tensor(graph, f"{module}.scales", steps.squeeze(-1))
         for linear in site.nodes:
+            x, bias = linear.args[0], weight_and_bias(linear)[1]
             with graph.graph.inserting_before(linear):
-                _replace(graph, linear, [f"{module}.{leaf}" for leaf in stored])
+                stored = (graph.graph.get_attr(f"{module}.{leaf}") for leaf in ("weight", "scales"))
+                quantized = graph.graph.call_function(kernels.LINEAR, (x, *stored, bias, len(tensor)))
+            quantized.meta["val"] = linear.meta["val"]
+            linear.replace_all_uses_with(quantized)
+            graph.graph.erase_node(linear)
         return str(weight.target), tensor
 
     def undo(self, graph: GraphModule, memo: tuple[str, Tensor]) -> None:
         """Put the weight itself back."""
         graphs.set_tensor(graph, *memo)
-
-
-def _known(x: Node, reader: Node) -> tuple[Node, Node] | None:
-    """The integers of a tensor, and their scales, that another linear reads already, if one does."""
-    for steps in x.users:
-        for shifted in steps.users:
-            for tokens in shifted.users:
-                ours = [each.target for each in (steps, shifted, tokens)] == [aten.div.Tensor, aten.add.Tensor, CAST]
-                if ours and tokens.args[1] is torch.uint8 and steps.args[0] is x and tokens < reader:
-                    scale = steps.args[1]
-                    assert isinstance(scale, Node)
-                    return tokens, scale
-    return None
-
-
-def _quantized(x: Node) -> tuple[Node, Node]:
-    """New nodes for the integers of a tensor, and for their scales, where the graph inserts."""
-    tokens, scale = int8.quantize_tokens(fx.Proxy(x, fx.proxy.GraphAppendingTracer(x.graph)))
-    return tokens.node, scale.node
-
-
-def _replace(graph: GraphModule, linear: Node, stored: Iterable[str]) -> None:
-    """Compute what the linear does from integers; nodes go where the graph inserts."""
-    x, bias = linear.args[0], weight_and_bias(linear)[1]
-    assert isinstance(x, Node)
-    tokens, scale = _known(x, linear) or _quantized(x)
-    weight, scales, *zeros = (graph.graph.get_attr(name) for name in stored)
-    if zeros:
-        product = graph.graph.call_function(onednn.INT8, onednn.int8_arguments(tokens, weight, scales, *zeros))
-    else:
-        product = graph.graph.call_function(int8.LINEAR, (tokens, weight, scales))
-    result = (
-        graph.graph.call_function(aten.mul.Tensor, (product, scale))
-        if bias is None
-        else graph.graph.call_function(aten.addcmul.default, (bias, product, scale))
-    )
-    product.meta["val"] = result.meta["val"] = linear.meta["val"]
-    linear.replace_all_uses_with(result)
-    graph.graph.erase_node(linear)

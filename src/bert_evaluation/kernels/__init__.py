@@ -1,0 +1,87 @@
+"""Operators of our own for CPUs with AVX-512 or AMX, in C++; elsewhere their equals in plain PyTorch.
+
+`LINEAR` is a linear layer with what follows it (activation, residual, LayerNorm), on bfloat16 or int8; `ATTENTION` that
+of sequences to themselves, in bfloat16; `PACKED_ATTENTION` the same of sequences without padding. `reference.py` says
+what they compute. Each has a twin that is always plain PyTorch, for runs in float64.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_evaluation import varlen
+from bert_evaluation.graph import GraphModule
+from bert_evaluation.kernels import reference
+from bert_evaluation.kernels.build import why_not_built
+from bert_evaluation.kernels.reference import ACTIVATIONS, LONGEST, pack, quantize, unpack
+
+SCHEMAS = {
+    "linear": (
+        "(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, SymInt outputs, str activation='none',"
+        " Tensor? residual=None, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.0) -> Tensor"
+    ),
+    "attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt heads, float scale) -> Tensor",
+    "packed_attention": "(Tensor query, Tensor key, Tensor value, Tensor mask, SymInt heads, float scale) -> Tensor",
+}
+# By the type of a weight: the instruction that multiplies it, as torch and as people call it.
+INSTRUCTIONS = {torch.int8: ("avx512_vnni", "VNNI"), torch.bfloat16: ("avx512_bf16", "AVX-512 with BF16")}
+
+
+def why_not(kind: torch.dtype, device: torch.device) -> str | None:
+    """Why there are no kernels for weights of this type, if so. The first call compiles them, in some seconds."""
+    if device.type != "cpu":
+        return f"The kernels are for a CPU, and the graph is on {device}."
+    name, called = INSTRUCTIONS[kind]
+    able = torch.cpu.get_capabilities()
+    if not (able.get("avx512_f") and able.get(name)):
+        return f"This processor has no {called}."
+    return why_not_built()
+
+
+def in_plain_pytorch(graph: GraphModule) -> GraphModule:
+    """Let a graph call the twins, in place: they take every type of number."""
+    for node in graph.graph.nodes:
+        if node.target in TWINS:
+            node.target = TWINS[node.target]
+    graph.recompile()
+    return graph
+
+
+def _fake_linear(x: Tensor, *arguments: Any, **_: Any) -> Tensor:
+    outputs = arguments[3]
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _fake_attention(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _define(name: str, equal: Any, fake: Any) -> tuple[Any, Any]:
+    """An operator, computed by `equal` where no kernel is loaded, and its twin."""
+    for each in (name, f"{name}_in_plain_pytorch"):
+        _LIBRARY.define(each + SCHEMAS[name])
+        _LIBRARY.impl(each, equal, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"bert_evaluation::{each}", fake, lib=_LIBRARY)
+    operators = torch.ops.bert_evaluation
+    return getattr(operators, name).default, getattr(operators, f"{name}_in_plain_pytorch").default
+
+
+_LIBRARY = torch.library.Library("bert_evaluation", "FRAGMENT")
+LINEAR, _plain_linear = _define("linear", reference.linear, _fake_linear)
+ATTENTION, _plain_attention = _define("attention", reference.attention, _fake_attention)
+PACKED_ATTENTION, _plain_packed_attention = _define("packed_attention", varlen.attention, _fake_attention)
+TWINS = {LINEAR: _plain_linear, ATTENTION: _plain_attention, PACKED_ATTENTION: _plain_packed_attention}
+
+__all__ = [
+    "ACTIVATIONS",
+    "ATTENTION",
+    "LINEAR",
+    "LONGEST",
+    "PACKED_ATTENTION",
+    "in_plain_pytorch",
+    "pack",
+    "quantize",
+    "unpack",
+    "why_not",
+]

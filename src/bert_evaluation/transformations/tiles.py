@@ -1,0 +1,181 @@
+"""Linears and attention in bfloat16 on our own kernels, which compute them tile by tile."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_evaluation import graph as graphs
+from bert_evaluation import kernels, varlen
+from bert_evaluation.graph import GraphModule, Node
+from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
+from bert_evaluation.transformations.heads import SDPA, RefusedError, call, heads_at
+from bert_evaluation.transformations.linear import (
+    free_name,
+    readers,
+    sites_by_weight,
+    stem,
+    tensor_of,
+    weight_and_bias,
+    written_between,
+)
+from bert_evaluation.transformations.positions import shape
+
+aten = torch.ops.aten
+# What a linear in tiles can end with, in the order in which it is computed, and what stands for none of it.
+ENDINGS = {"activation": "none", "residual": None, "norm_weight": None, "norm_bias": None, "eps": 0.0}
+FIXED = 5  # arguments in front of those
+
+
+class TileLinears(ReversibleTransformation):
+    """Linears in bfloat16 become the operator of our own kernels, with weights in the order in which it reads them.
+
+        y = linear(x, W, b)        becomes        y = bert_evaluation.linear(x, packed W, None, b, outputs)
+
+    Sums, and the bias, are float32, as before. The packed weight takes the place of the plain one, and as much memory;
+    it is the same on every processor. What follows can go into the operator: `FuseLinearActivation`, `FuseResidual`,
+    `FuseSkipLayerNorm`. A processor without kernels is refused unless `anyway`: then in plain PyTorch, slowly. A site
+    is one weight, wherever applied.
+    """
+
+    promise = Reassociates()
+
+    def __init__(self, anyway: bool = False) -> None:
+        self.anyway = anyway
+
+    def sites(self, graph: GraphModule) -> Iterable[Site]:
+        """Every linear, those that share their weight together."""
+        return sites_by_weight(graph)
+
+    def why_not(self, site: Site) -> str | None:
+        """Refuse what is not bfloat16, fused or packed, what others read too, and a machine without kernels."""
+        if fused := next((node for node in site.nodes if node.target is not aten.linear.default), None):
+            return f"{fused.name} is fused or packed for oneDNN already."
+        for parameter in (each for node in site.nodes for each in weight_and_bias(node) if each is not None):
+            if parameter.op != "get_attr":
+                return f"{site.node.name} reads {parameter.name}, which the graph computes: it is no stored parameter."
+        weight = weight_and_bias(site.node)[0]
+        if reader := next((user for user in readers(weight) if user not in site.nodes), None):
+            return f"{weight.target} is also read by {reader.name}, which would keep the old copy."
+        tensor = tensor_of(weight)
+        if tensor.dtype is not torch.bfloat16:
+            return f"It computes in {tensor.dtype}; the kernels are for bfloat16 and int8."
+        return None if self.anyway else kernels.why_not(torch.bfloat16, tensor.device)
+
+    def rewrite(self, graph: GraphModule, site: Site) -> tuple[str, str, dict[str, Tensor], tuple[int, int], bool]:
+        """Pack the weight, and let every linear read it."""
+        weight = weight_and_bias(site.node)[0]
+        tensor, name = tensor_of(weight), free_name(graph, stem(weight) + "_tiles", "weight")
+        graphs.set_tensor(graph, name, kernels.pack(tensor.detach()))
+        biases = dict[str, Tensor]()
+        for number, linear in enumerate(site.nodes):
+            bias = weight_and_bias(linear)[1]
+            with graph.graph.inserting_before(linear):
+                wide = None
+                if bias is not None:
+                    biases[str(bias.target)] = tensor_of(bias)
+                    target = f"{name.removesuffix('.weight')}.bias" + (f"_{number}" if number else "")
+                    graphs.set_tensor(graph, target, tensor_of(bias).detach().float())
+                    wide = graph.graph.get_attr(target)
+                fused = graph.graph.call_function(
+                    kernels.LINEAR, (linear.args[0], graph.graph.get_attr(name), None, wide, len(tensor))
+                )
+            fused.meta["val"] = linear.meta["val"]
+            linear.replace_all_uses_with(fused)
+            graph.graph.erase_node(linear)
+        return str(weight.target), name, biases, (len(tensor), tensor.shape[1]), isinstance(tensor, torch.nn.Parameter)
+
+    def undo(self, graph: GraphModule, memo: tuple[str, str, dict[str, Tensor], tuple[int, int], bool]) -> None:
+        """Bring the weight back into its own order."""
+        plain, name, biases, (outputs, inputs), is_parameter = memo
+        packed = graphs.get_tensor(graph, name)
+        assert packed is not None
+        tensor = kernels.unpack(packed, outputs, inputs)
+        tensor = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        for target, each in (biases | {plain: tensor}).items():
+            graphs.set_tensor(graph, target, each)
+
+
+class TileAttention(ReversibleTransformation):
+    """Attention in bfloat16 becomes the operator of our own kernels, which reads and writes what heads are parts of.
+
+        q, k, v = (transpose(view(x, heads)) for x in (q', k', v'))
+        a = scaled_dot_product_attention(q, k, v, mask)       becomes      y = bert_evaluation.attention(
+        y = reshape(transpose(a))                                              q', k', v', mask, heads, scale)
+
+    So is that of sequences without padding (`RemovePadding`). The mask stays as it is, of any shape, but boolean.
+    """
+
+    promise = Reassociates()
+
+    def __init__(self, anyway: bool = False) -> None:
+        self.anyway = anyway
+
+    def sites(self, graph: GraphModule) -> Iterable[Site]:
+        """Every scaled_dot_product_attention, and every attention of packed sequences."""
+        return [Site(node) for node in graph.graph.nodes if node.target in (SDPA, varlen.ATTENTION)]
+
+    def why_not(self, site: Site) -> str | None:
+        """Refuse what is not bfloat16, masks of numbers, queries of other sequences, and a machine without kernels."""
+        value = site.node.meta["val"]
+        if value.dtype is not torch.bfloat16:
+            return f"It computes in {value.dtype}; the kernels are for bfloat16."
+        if not self.anyway and (reason := kernels.why_not(torch.bfloat16, value.device)):
+            return reason
+        if site.node.target is varlen.ATTENTION:
+            heads, sources = site.node.args[4], site.node.args[:3]
+        else:
+            try:
+                found = heads_at(site.node)
+            except RefusedError as refusal:
+                return str(refusal)
+            if found.mask is not None and found.mask.meta["val"].dtype is not torch.bool:
+                return f"{found.mask.name} is added to the scores; the kernels take a boolean mask."
+            heads, sources = found.heads, tuple(split.args[0] for split in found.splits)
+        shapes = {tuple(map(str, shape(each))) for each in sources if isinstance(each, Node)}
+        if len(shapes) > 1:
+            return "Query, key and value differ in shape."
+        assert isinstance(heads, int)
+        assert isinstance(sources[0], Node)
+        width = shape(sources[0])[2]
+        return None if isinstance(width, int) and width % (2 * heads) == 0 else "A head's width is odd."
+
+    def rewrite(self, graph: GraphModule, site: Site) -> None:
+        """Put the operator where the heads were joined."""
+        node = site.node
+        if node.target is varlen.ATTENTION:
+            *arguments, heads, scale = node.args
+            result, target, width = node, kernels.PACKED_ATTENTION, shape(node)[2]
+        else:
+            found = heads_at(node)
+            arguments = [*(split.args[0] for split in found.splits), found.mask]
+            heads, scale, result, target = found.heads, found.scale, found.result, kernels.ATTENTION
+            width = shape(result)[2]
+        assert isinstance(heads, int)
+        with graph.graph.inserting_before(result):
+            factor = (width // heads) ** -0.5 if scale is None else scale
+            tiled = call(target, (*arguments, heads, factor), node, result.meta["val"])
+        result.replace_all_uses_with(tiled)
+
+
+def ending(linear: Node) -> dict[str, Any]:
+    """What a linear in tiles ends with, by the arguments' names."""
+    return ENDINGS | dict(zip(ENDINGS, linear.args[FIXED:], strict=False)) | linear.kwargs
+
+
+def with_ending(linear: Node, **more: Any) -> tuple[Any, ...]:
+    """The arguments of a linear in tiles that ends with this as well."""
+    return (*linear.args[:FIXED], *(ending(linear) | more).values())
+
+
+def why_not_ended(linear: Node, last: Sequence[Node], what: str) -> str | None:
+    """Why a linear in tiles cannot end with what `last`, first to last, make of it; `what` names the argument."""
+    names = list(ENDINGS)
+    if taken := next((each for each in names[names.index(what) :] if ending(linear)[each] != ENDINGS[each]), None):
+        return f"{linear.name} ends with {taken.replace('_', ' ')} already, which comes later or is the same."
+    if outside := next((user for user in linear.users if user not in last), None):
+        return f"{linear.name} is also read by {outside.name}."
+    if writer := written_between(linear, last[-1]):
+        return f"{writer.name} writes in place between them."
+    return None
