@@ -11,6 +11,7 @@ from bert_evaluation.graph import Node
 from bert_evaluation.transformations.positions import shape
 
 aten = torch.ops.aten
+CHECK = aten._assert_tensor_metadata.default
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 SAME = (aten.contiguous.default, aten.clone.default, aten.view.default, aten.reshape.default)
@@ -105,3 +106,13 @@ def call(target: Any, arguments: tuple[Any, ...], like: Node, value: object) -> 
     node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
     node.meta["val"] = value
     return node
+
+
+def drop(graph: fx.Graph, exchanged: set[Node]) -> None:
+    """Remove the old attentions, and what nothing reads but checks of its type: they would keep the old mask alive."""
+    for node in reversed(graph.nodes):
+        idle = node.op == "call_function" and all(user.target is CHECK for user in node.users)
+        if idle and (node in exchanged or not node.is_impure()):
+            for check in list(node.users):
+                graph.erase_node(check)
+            graph.erase_node(node)

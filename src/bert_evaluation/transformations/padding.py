@@ -10,12 +10,11 @@ from torch import Tensor, fx
 from bert_evaluation import varlen
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
-from bert_evaluation.transformations.heads import Attention, RefusedError, attentions, call, heads_at
+from bert_evaluation.transformations.heads import Attention, RefusedError, attentions, call, drop, heads_at
 from bert_evaluation.transformations.padding_mask import MASK, why_not_padding_mask
 from bert_evaluation.transformations.positions import closing, is_position_wise, shape, shapes, why_not_position_wise
 
 aten = torch.ops.aten
-CHECK = aten._assert_tensor_metadata.default
 
 
 class RemovePadding(ReversibleTransformation):
@@ -64,7 +63,7 @@ class RemovePadding(ReversibleTransformation):
                 arguments = (*(split.args[0] for split in each.splits), plan.mask, each.heads, each.scale)
                 packed = call(varlen.ATTENTION, arguments, each.node, each.result.meta["val"])
             each.result.replace_all_uses_with(packed)
-        _drop(graph.graph, {node for each in plan.attentions for node in (*each.inner, each.result)})
+        drop(graph.graph, {node for each in plan.attentions for node in (*each.inner, each.result)})
 
 
 @dataclass(frozen=True)
@@ -150,13 +149,3 @@ def _flat(value: Any) -> Any:
         return [_flat(each) for each in value] if isinstance(value, (list, tuple)) else value
     batch, length, width = value.shape
     return value.new_empty((1, batch * length, width))
-
-
-def _drop(graph: fx.Graph, exchanged: set[Node]) -> None:
-    """Remove the old attentions, and what nothing reads but checks of its type: they would keep the old mask alive."""
-    for node in reversed(graph.nodes):
-        idle = node.op == "call_function" and all(user.target is CHECK for user in node.users)
-        if idle and (node in exchanged or not node.is_impure()):
-            for check in list(node.users):
-                graph.erase_node(check)
-            graph.erase_node(node)

@@ -10,7 +10,7 @@ from bert_evaluation import graph as graphs
 from bert_evaluation import kernels, varlen
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
-from bert_evaluation.transformations.heads import SDPA, RefusedError, call, heads_at
+from bert_evaluation.transformations.heads import SDPA, RefusedError, call, drop, heads_at
 from bert_evaluation.transformations.linear import (
     free_name,
     readers,
@@ -146,17 +146,18 @@ class TileAttention(ReversibleTransformation):
         node = site.node
         if node.target is varlen.ATTENTION:
             *arguments, heads, scale = node.args
-            result, target, width = node, kernels.PACKED_ATTENTION, shape(node)[2]
+            result, target, old = node, kernels.PACKED_ATTENTION, {node}
         else:
             found = heads_at(node)
             arguments = [*(split.args[0] for split in found.splits), found.mask]
             heads, scale, result, target = found.heads, found.scale, found.result, kernels.ATTENTION
-            width = shape(result)[2]
+            old = {*found.inner, result}
         assert isinstance(heads, int)
         with graph.graph.inserting_before(result):
-            factor = (width // heads) ** -0.5 if scale is None else scale
+            factor = (shape(result)[2] // heads) ** -0.5 if scale is None else scale
             tiled = call(target, (*arguments, heads, factor), node, result.meta["val"])
         result.replace_all_uses_with(tiled)
+        drop(graph.graph, old)
 
 
 def ending(linear: Node) -> dict[str, Any]:
