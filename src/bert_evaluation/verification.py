@@ -113,9 +113,11 @@ def observe(model: nn.Module, probes: Sequence[Probe] | None = None, precise: nn
 
 def in_double(model: nn.Module) -> nn.Module:
     """A copy of a model or graph that computes in float64."""
-    if isinstance(model, GraphModule):
-        return kernels.in_plain_pytorch(graphs.in_double(onednn.expand(model)))
-    return copy.deepcopy(model).double()
+    return _graph_in_double(model) if isinstance(model, GraphModule) else copy.deepcopy(model).double()
+
+
+def _graph_in_double(graph: GraphModule) -> GraphModule:
+    return kernels.in_plain_pytorch(graphs.in_double(onednn.expand(graph)))
 
 
 def verify(model: nn.Module, graph: GraphModule, probes: Sequence[Probe] | None = None) -> Verification:
@@ -284,7 +286,7 @@ def parting(before: GraphModule, after: GraphModule, inputs: Mapping[str, Tensor
     passed over: it is what is computed with them that counts. What is packed is compared as if it were padded.
     """
     expected, got, marks = _record(before, inputs), _record(after, inputs), _marks(inputs, promise)
-    exact = {} if isinstance(promise, Bitwise) else _record(in_double(before), _doubled(inputs)).values
+    exact = {} if isinstance(promise, Bitwise) else _record(_graph_in_double(before), _doubled(inputs)).values
     for name, (node, values) in expected.values.items():
         if node.op == "get_attr" or name not in got.values:
             continue

@@ -60,14 +60,14 @@ def _fake_attention(query: Tensor, *_: Any) -> Tensor:
 def _define(name: str, equal: Any, fake: Any) -> tuple[Any, Any]:
     """An operator, computed by `equal` where no kernel is loaded, and its twin."""
     for each in (name, f"{name}_in_plain_pytorch"):
-        _LIBRARY.define(each + SCHEMAS[name])
-        _LIBRARY.impl(each, equal, "CompositeExplicitAutograd")
+        _LIBRARY.define(each + SCHEMAS[name])  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(each, equal, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"bert_evaluation::{each}", fake, lib=_LIBRARY)
     operators = torch.ops.bert_evaluation
     return getattr(operators, name).default, getattr(operators, f"{name}_in_plain_pytorch").default
 
 
-_LIBRARY = torch.library.Library("bert_evaluation", "FRAGMENT")
+_LIBRARY = torch.library.Library("bert_evaluation", "FRAGMENT")  # type: ignore[no-untyped-call]
 LINEAR, _plain_linear = _define("linear", reference.linear, _fake_linear)
 ATTENTION, _plain_attention = _define("attention", reference.attention, _fake_attention)
 PACKED_ATTENTION, _plain_packed_attention = _define("packed_attention", varlen.attention, _fake_attention)

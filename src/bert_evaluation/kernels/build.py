@@ -28,7 +28,7 @@ def why_not_built() -> str | None:
     try:
         if not library.exists():
             _compile(folder, library)
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError, ImportError) as error:
         said = str(error).strip().splitlines()
         return (

@@ -3,6 +3,8 @@
 In float32 between rounding what is read and rounding what is returned; in float64 throughout for inputs in float64.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -12,7 +14,7 @@ TINY = LARGEST * torch.finfo(torch.float32).tiny  # rows of zeros have a scale, 
 LONGEST = (2**31 - 1) // (255 * LARGEST)  # products whose sum is sure to fit into 32 bits, one factor being unsigned
 PANEL, STEP = 16, 64  # outputs in a panel; bytes of one row's numbers that a step multiplies
 GROUP = {torch.int8: 4, torch.bfloat16: 2}  # numbers in 32 bits
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -80,6 +82,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, he
 
     A query that sees nothing gets zeros.
     """
-    split = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (query, key, value))
-    found = functional.scaled_dot_product_attention(*split, attn_mask=mask, scale=scale)
+    q, k, v = (each.view(*each.shape[:2], heads, -1).transpose(1, 2) for each in (query, key, value))
+    found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return found.transpose(1, 2).flatten(2)

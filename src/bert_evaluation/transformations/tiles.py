@@ -154,7 +154,7 @@ class TileAttention(ReversibleTransformation):
             old = {*found.inner, result}
         assert isinstance(heads, int)
         with graph.graph.inserting_before(result):
-            factor = (shape(result)[2] // heads) ** -0.5 if scale is None else scale
+            factor = (int(shape(result)[2]) // heads) ** -0.5 if scale is None else scale
             tiled = call(target, (*arguments, heads, factor), node, result.meta["val"])
         result.replace_all_uses_with(tiled)
         drop(graph.graph, old)
