@@ -37,7 +37,7 @@ struct Arguments {
 
 template <class Kind> inline __m512 activate(__m512 x, Activation activation) {
   switch (activation) {
-    case Activation::gelu: return std::is_same_v<Kind, Float32> ? exact_gelu(x) : gelu(x);
+    case Activation::gelu: return std::is_same_v<Kind, Int8> ? gelu(x) : exact_gelu(x);
     case Activation::gelu_tanh: {
       __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
       __m512 inner = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);

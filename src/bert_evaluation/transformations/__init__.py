@@ -61,7 +61,8 @@ PRESETS: Presets = {
 
 def recipes(texts: Iterable[str]) -> tuple[Recipe, ...]:
     """The recipes that texts name (see `parse_recipe`); those of the original script for no text."""
-    return tuple(parse_recipe(text, REGISTRY, PRESETS) for text in texts) or original_recipes()
+    parsed = (parse_recipe(text, REGISTRY, PRESETS) for text in texts)
+    return tuple({recipe.name: recipe for recipe in parsed}.values()) or original_recipes()
 
 
 def original_recipes() -> tuple[Recipe, ...]:
