@@ -1,10 +1,11 @@
 """Operators of our own for CPUs with AVX-512 or AMX, in C++; elsewhere their equals in plain PyTorch.
 
-`LINEAR` is a linear layer with what follows it (activation, residual, LayerNorm), on bfloat16 or int8; `ATTENTION` that
-of sequences to themselves, in bfloat16; `PACKED_ATTENTION` the same of sequences without padding. `reference.py` says
-what they compute. Each has a twin that is always plain PyTorch, for runs in float64.
+`LINEAR` is a linear layer with what follows it (activation, residual, LayerNorm), on bfloat16, int8 or float32;
+`ATTENTION` that of sequences to themselves, in bfloat16; `PACKED_ATTENTION` the same of sequences without padding.
+`reference.py` says what they compute. Each has a twin that is always plain PyTorch, for runs in float64.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -25,7 +26,14 @@ SCHEMAS = {
     "packed_attention": "(Tensor query, Tensor key, Tensor value, Tensor mask, SymInt heads, float scale) -> Tensor",
 }
 # By the type of a weight: the instruction that multiplies it, as torch and as people call it.
-INSTRUCTIONS = {torch.int8: ("avx512_vnni", "VNNI"), torch.bfloat16: ("avx512_bf16", "AVX-512 with BF16")}
+INSTRUCTIONS = {
+    torch.int8: ("avx512_vnni", "VNNI"),
+    torch.bfloat16: ("avx512_bf16", "AVX-512 with BF16"),
+    torch.float32: ("amx_tile", "AMX, without which products of bfloat16 are no faster than those of float32"),
+}
+
+
+NO_AMX = "BERT_EVALUATION_AMX"  # this environment variable, 0, makes the kernels do without it
 
 
 def why_not(kind: torch.dtype, device: torch.device) -> str | None:
@@ -34,7 +42,7 @@ def why_not(kind: torch.dtype, device: torch.device) -> str | None:
         return f"The kernels are for a CPU, and the graph is on {device}."
     name, called = INSTRUCTIONS[kind]
     able = torch.cpu.get_capabilities()
-    if not (able.get("avx512_f") and able.get(name)):
+    if not (able.get("avx512_f") and able.get(name)) or (name == "amx_tile" and os.environ.get(NO_AMX) == "0"):
         return f"This processor has no {called}."
     return why_not_built()
 

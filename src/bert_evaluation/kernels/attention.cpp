@@ -122,7 +122,7 @@ void attend(const Tiles& tiles, const Heads& of, const Sequence& to, int64_t hea
       left = copy, stride = inner;
     }
     for (int64_t key = 0; key < length; key += kTile)
-      tiles.multiply<Bf16>(left, 2 * stride, keys + key * inner, key_steps * kPanelStep, key_steps, scores + key, length, nothing);
+      tiles.multiply<Bf16>({left, 2 * stride, kStep}, {keys + key * inner, key_steps * kPanelStep, kPanelStep}, key_steps, scores + key, length, false, nothing);
     for (int64_t row = 0; row < kTile; row++) {
       if (row >= rows) {
         std::memset((void*)(probabilities + row * length), 0, 2 * length);
@@ -132,7 +132,8 @@ void attend(const Tiles& tiles, const Heads& of, const Sequence& to, int64_t hea
       shares[row] = softmax(scores + row * length, seen, length, of.scale, probabilities + row * length);
     }
     for (int64_t column = 0; column < inner; column += kTile) {
-      tiles.multiply<Bf16>(probabilities, 2 * length, values + column * length, value_steps * kPanelStep, value_steps, tile, kTile, nothing);
+      tiles.multiply<Bf16>({probabilities, 2 * length, kStep}, {values + column * length, value_steps * kPanelStep, kPanelStep}, value_steps, tile,
+                           kTile, false, nothing);
       for (int64_t row = 0; row < rows; row++) {
         bfloat16* result = of.result + (to.start + query + row) * of.result_stride + head * of.width + column;
         for (int half = 0; half < 2; half++)

@@ -13,7 +13,8 @@ LARGEST = 127  # steps from 0, of a weight or of a token's number
 TINY = LARGEST * torch.finfo(torch.float32).tiny  # rows of zeros have a scale, too
 LONGEST = (2**31 - 1) // (255 * LARGEST)  # products whose sum is sure to fit into 32 bits, one factor being unsigned
 PANEL, STEP = 16, 64  # outputs in a panel; bytes of one row's numbers that a step multiplies
-GROUP = {torch.int8: 4, torch.bfloat16: 2}  # numbers in 32 bits
+# Numbers that are multiplied together: what 32 bits hold. Of float32, the parts that it is split into are bfloat16.
+GROUP = {torch.int8: 4, torch.bfloat16: 2, torch.float32: 2}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": functional.gelu,
@@ -23,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight (outputs, inputs) in bfloat16 or int8 as the kernels read it: (panels, groups, 16, numbers of a group).
+    """A weight (outputs, inputs) as the kernels read it: (panels, groups, 16, numbers of a group).
 
     Outputs are made a multiple of 32 and inputs whole steps, with zeros.
     """
@@ -59,7 +60,8 @@ def linear(
     """`layer_norm(activation(x @ weight.T + bias) + residual)`, x (..., inputs) in float32 or bfloat16, in its type.
 
     With `scales`, one for each output, the weight is int8 and each row of x is rounded to 127 steps of its own; else
-    both factors are bfloat16. Sums, bias, activation and LayerNorm (left out without `norm_weight`) are float32.
+    x is rounded to the weight's type, bfloat16 or float32. Sums, bias, activation and LayerNorm (left out without
+    `norm_weight`) are float32.
     """
     plain = unpack(weight, outputs, x.shape[-1])
     rows, wide = (x, torch.float64) if x.dtype is torch.float64 else (x.float(), torch.float32)
@@ -68,7 +70,7 @@ def linear(
         # float64 holds every sum of such products exactly, as 32-bit integers do.
         y = functional.linear(tokens.double(), plain.double()).to(wide) * (steps * scales)
     else:
-        y = functional.linear(rows if wide is torch.float64 else rows.bfloat16().float(), plain.to(wide))
+        y = functional.linear(rows.to(weight.dtype).to(wide), plain.to(wide))
     y = ACTIVATIONS[activation](y if bias is None else y + bias)
     if residual is not None:
         y = y + residual.to(wide)

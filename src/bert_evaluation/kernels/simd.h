@@ -53,4 +53,18 @@ inline __m512 gelu(__m512 x) {
   return _mm512_mul_ps(x, _mm512_fmadd_ps(near, y, _mm512_set1_ps(0.5f)));
 }
 
+// The same to 1e-7 of x, for float32: erf by Abramowitz and Stegun's formula 7.1.26.
+inline __m512 exact_gelu(__m512 x) {
+  constexpr float c[] = {0.254829592f, -0.284496736f, 1.421413741f, -1.453152027f, 1.061405429f};
+  __m512 size = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.707106781f));
+  __m512 t = _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_fmadd_ps(size, _mm512_set1_ps(0.3275911f), _mm512_set1_ps(1.f)));
+  __m512 y = _mm512_set1_ps(c[4]);
+  for (int i = 3; i >= 0; i--) y = _mm512_fmadd_ps(y, t, _mm512_set1_ps(c[i]));
+  y = _mm512_mul_ps(_mm512_mul_ps(y, t), exp2(_mm512_mul_ps(_mm512_mul_ps(size, size), _mm512_set1_ps(-kLog2E))));
+  // y = erfc(|x| / sqrt 2): half of it is what is missing from 1 above 0, and what there is below.
+  y = _mm512_mul_ps(y, _mm512_set1_ps(0.5f));
+  __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return _mm512_mul_ps(x, _mm512_mask_sub_ps(y, positive, _mm512_set1_ps(1.f), y));
+}
+
 }  // namespace bert_evaluation

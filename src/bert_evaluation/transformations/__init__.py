@@ -53,7 +53,7 @@ FUSE = (FuseLinearActivation, FuseResidual, FuseSkipLayerNorm, PackLinears)
 
 # Named recipes, for `--recipe exact`. What a device has no kernels for is refused there and left as it is.
 PRESETS: Presets = {
-    "exact": (*CLEAN, *FUSE),
+    "exact": (*CLEAN, TileLinears, *FUSE),
     "bf16": (*CLEAN, CastToBFloat16, TileLinears, TileAttention, *FUSE),
     "int8": (*CLEAN, QuantizeLinears, CastToBFloat16, TileLinears, TileAttention, *FUSE),
 }
