@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bert_evaluation import kernels, onednn  # noqa: F401  # an archive may name the operators of kernels and varlen
+from bert_evaluation import kernels, onednn
 from bert_evaluation.errors import CaptureError
 from bert_evaluation.graph import GraphModule
 
@@ -57,7 +57,7 @@ def read(file: str | Path) -> GraphModule:
         raise CaptureError(f"There is no file {file}.")
     importlib.import_module("transformers.modeling_outputs")  # makes the types of outputs known to torch
     try:
-        return _plain(torch.export.load(file))
+        return kernels.prepare(_plain(torch.export.load(file)))
     except Exception as error:
         raise CaptureError(f"{file} is not an archive of torch.export: {error}") from error
 

@@ -47,6 +47,13 @@ def why_not(kind: torch.dtype, device: torch.device) -> str | None:
     return why_not_built()
 
 
+def prepare(graph: GraphModule) -> GraphModule:
+    """Load the kernels that a graph calls, such as one that was read from a file, if this machine can have them."""
+    if any(node.target in TWINS for node in graph.graph.nodes):
+        any(why_not(kind, torch.device("cpu")) is None for kind in INSTRUCTIONS)
+    return graph
+
+
 def in_plain_pytorch(graph: GraphModule) -> GraphModule:
     """Let a graph call the twins, in place: they take every type of number."""
     for node in graph.graph.nodes:
@@ -56,12 +63,11 @@ def in_plain_pytorch(graph: GraphModule) -> GraphModule:
     return graph
 
 
-def _fake_linear(x: Tensor, *arguments: Any, **_: Any) -> Tensor:
-    outputs = arguments[3]
+def _fake_linear(x: Tensor, weight: Tensor, scales: Any, bias: Any, outputs: Any, *_: Any, **__: Any) -> Tensor:  # noqa: ARG001
     return x.new_empty((*x.shape[:-1], outputs))
 
 
-def _fake_attention(query: Tensor, *_: Any) -> Tensor:
+def _fake_attention(query: Tensor, *_: Any, **__: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
@@ -89,6 +95,7 @@ __all__ = [
     "PACKED_ATTENTION",
     "in_plain_pytorch",
     "pack",
+    "prepare",
     "quantize",
     "unpack",
     "why_not",

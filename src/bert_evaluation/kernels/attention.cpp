@@ -87,7 +87,7 @@ float softmax(const float* scores, const __mmask16* seen, int64_t padded, float 
       largest[i] = _mm512_mask_max_ps(largest[i], seen[key / kLanes + i], largest[i], score);
     }
   const float most = _mm512_reduce_max_ps(_mm512_max_ps(largest[0], largest[1]));
-  const bool sees = most > -std::numeric_limits<float>::infinity();
+  const bool sees = most != -std::numeric_limits<float>::infinity();  // also where it is NaN
   __m512 off = _mm512_set1_ps(sees ? -most : 0), totals[2] = {};
   for (int64_t key = 0; key < padded; key += kTile)
     for (int i = 0; i < 2; i++) {
@@ -163,31 +163,36 @@ void run(const Heads& of, int64_t sequences, int64_t heads, const std::function<
   });
 }
 
+// From token to token; the stride of a dimension of size 1 says nothing.
+int64_t token_stride(const at::Tensor& x) { return x.size(1) > 1 ? x.stride(1) : x.size(0) > 1 ? x.stride(0) : x.size(2); }
+
 // Rows of a tensor (batch, length, width); copied only where they are not as far apart everywhere.
 at::Tensor in_rows(const at::Tensor& x) {
-  return x.stride(2) == 1 && (x.size(0) == 1 || x.stride(0) == x.size(1) * x.stride(1)) ? x : x.contiguous();
+  const bool even = x.size(0) == 1 || x.size(1) == 1 || x.stride(0) == x.size(1) * x.stride(1);
+  return x.stride(2) == 1 && even ? x : x.contiguous();
+}
+
+void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t heads) {
+  for (const auto& each : {query, key, value})
+    TORCH_CHECK(each.dim() == 3 && each.scalar_type() == at::kBFloat16 && each.sizes() == query.sizes() && heads > 0 &&
+                    each.size(2) % (2 * heads) == 0,
+                "Query, key and value are of one shape (batch, length, width), in bfloat16, and a head's width is even.");
 }
 
 at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t heads, double scale,
                   int64_t sequences, const std::function<Sequence(int64_t, int64_t)>& sequence) {
-  for (const auto& each : {query, key, value})
-    TORCH_CHECK(each.dim() == 3 && each.scalar_type() == at::kBFloat16 && each.sizes() == query.sizes() &&
-                    each.size(2) % (2 * heads) == 0,
-                "Query, key and value are of one shape (batch, length, width), in bfloat16, and a head's width is even.");
-#ifndef __AVX512BF16__
-  TORCH_CHECK(false, "This processor multiplies no bfloat16.");
-#endif
   at::Tensor result = at::empty(query.sizes(), query.options());
   if (result.numel() == 0) return result;
   const at::Tensor q = in_rows(query), k = in_rows(key), v = in_rows(value);
-  run({q.const_data_ptr<bfloat16>(), k.const_data_ptr<bfloat16>(), v.const_data_ptr<bfloat16>(), q.stride(1), k.stride(1),
-       v.stride(1), query.size(2) / heads, result.data_ptr<bfloat16>(), query.size(2), (float)scale},
+  run({q.const_data_ptr<bfloat16>(), k.const_data_ptr<bfloat16>(), v.const_data_ptr<bfloat16>(), token_stride(q), token_stride(k),
+       token_stride(v), query.size(2) / heads, result.data_ptr<bfloat16>(), query.size(2), (float)scale},
       sequences, heads, sequence);
   return result;
 }
 
 at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const std::optional<at::Tensor>& mask, int64_t heads, double scale) {
+  check(query, key, value, heads);
   const int64_t batch = query.size(0), length = query.size(1);
   at::Tensor visible;
   if (mask) {
@@ -205,6 +210,8 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
 // The same of packed sequences, (1, tokens, width) in all: as many tokens of each as its row of `mask` has ones.
 at::Tensor packed_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& mask,
                             int64_t heads, double scale) {
+  check(query, key, value, heads);
+  TORCH_CHECK(mask.dim() == 2, "The mask is of shape (batch, length).");
   const at::Tensor lengths = mask.ne(0).sum(1);
   const int64_t* counts = lengths.const_data_ptr<int64_t>();
   std::vector<Sequence> sequences;
@@ -220,9 +227,11 @@ at::Tensor packed_attention(const at::Tensor& query, const at::Tensor& key, cons
 
 }  // namespace
 
+#ifdef __AVX512BF16__
 TORCH_LIBRARY_IMPL(bert_evaluation, CPU, m) {
   m.impl("attention", attention);
   m.impl("packed_attention", packed_attention);
 }
+#endif
 
 }  // namespace bert_evaluation

@@ -40,7 +40,9 @@ def why_not_built() -> str | None:
 def _key() -> str:
     here = Path(__file__).parent
     sources = [file.read_bytes() for file in sorted((*here.glob("*.h"), *here.glob("*.cpp")))]
-    about = [torch.__version__, processor(), os.environ.get("CXX", ""), *FLAGS]
+    # Virtual machines of different processors may have one name.
+    able = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
+    about = [torch.__version__, processor(), *able, os.environ.get("CXX", ""), *FLAGS]
     return hashlib.sha256(b"\n".join([*sources, *(each.encode() for each in about)])).hexdigest()[:16]
 
 

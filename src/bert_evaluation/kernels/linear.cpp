@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 #include <bit>
 #include <cstring>
@@ -35,16 +36,16 @@ struct Arguments {
   float eps;
 };
 
-template <class Kind> inline __m512 activate(__m512 x, Activation activation) {
+template <class T> inline __m512 activate(__m512 x, Activation activation) {
   switch (activation) {
-    case Activation::gelu: return std::is_same_v<Kind, Int8> ? gelu(x) : exact_gelu(x);
+    case Activation::gelu: return std::is_same_v<T, float> ? exact_gelu(x) : gelu(x);  // T is what is returned
     case Activation::gelu_tanh: {
       __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
       __m512 inner = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
-      __m512 power = exp2(_mm512_min_ps(_mm512_mul_ps(inner, _mm512_set1_ps(-1.59576912f * kLog2E)), _mm512_set1_ps(120.f)));
+      __m512 power = exp2(_mm512_min_ps(_mm512_mul_ps(inner, _mm512_set1_ps(-1.59576912f * kLog2E)), _mm512_set1_ps(200.f)));
       return _mm512_div_ps(x, _mm512_add_ps(power, _mm512_set1_ps(1.f)));
     }
-    case Activation::relu: return _mm512_max_ps(x, _mm512_setzero_ps());
+    case Activation::relu: return _mm512_max_ps(_mm512_setzero_ps(), x);  // the second of them if one is NaN
     default: return x;
   }
 }
@@ -106,7 +107,7 @@ struct Linear {
       else
         y = _mm512_load_ps(from);
       if (of.bias) y = _mm512_add_ps(y, load(of.bias + column, mask));
-      y = activate<Kind>(y, of.activation);
+      y = activate<T>(y, of.activation);
       int64_t place = row * of.outputs + column;
       if (of.residual) y = _mm512_add_ps(y, load((const T*)of.residual + place, mask));
       if (sums) store(sums + column, y, mask);
@@ -310,6 +311,7 @@ at::Tensor linear(const at::Tensor& given, const at::Tensor& weight, const std::
                   const std::optional<at::Tensor>& bias, int64_t outputs, c10::string_view activation,
                   const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& norm_weight,
                   const std::optional<at::Tensor>& norm_bias, double eps) {
+  TORCH_CHECK(given.dim() > 0 && given.size(-1) > 0, "x is of shape (..., inputs), with one input at least.");
   // Rows may lie apart, as those of a part of something wider do; else they are copied.
   at::Tensor x = given.stride(-1) == 1 && (given.is_contiguous() || given.dim() == 2) ? given : given.contiguous();
   auto sizes = x.sizes().vec();
@@ -355,8 +357,26 @@ at::Tensor linear(const at::Tensor& given, const at::Tensor& weight, const std::
   return result;
 }
 
+// What this processor has no instructions for is computed in plain PyTorch.
+at::Tensor linear_or_equal(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales,
+                           const std::optional<at::Tensor>& bias, c10::SymInt outputs, c10::string_view activation,
+                           const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& norm_weight,
+                           const std::optional<at::Tensor>& norm_bias, double eps) {
+#ifdef __AVX512BF16__
+  constexpr bool able = true;
+#else
+  const bool able = weight.scalar_type() == at::kChar;
+#endif
+  if (able)
+    return linear(x, weight, scales, bias, outputs.expect_int(), activation, residual, norm_weight, norm_bias, eps);
+  static const auto equal = c10::Dispatcher::singleton()
+                                .findSchemaOrThrow("bert_evaluation::linear_in_plain_pytorch", "")
+                                .typed<decltype(linear_or_equal)>();
+  return equal.call(x, weight, scales, bias, outputs, activation, residual, norm_weight, norm_bias, eps);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bert_evaluation, CPU, m) { m.impl("linear", linear); }
+TORCH_LIBRARY_IMPL(bert_evaluation, CPU, m) { m.impl("linear", linear_or_equal); }
 
 }  // namespace bert_evaluation

@@ -42,7 +42,7 @@ def unpack(packed: Tensor, outputs: int, inputs: int) -> Tensor:
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Each row (the last dimension) as whole numbers of steps, 127 at most, and what a step of the row is worth."""
     steps = rows.abs().amax(-1, keepdim=True).clamp_min(TINY) / LARGEST
-    return (rows / steps).round(), steps
+    return (rows * (1 / steps)).round(), steps  # as the kernels round, to the bit
 
 
 def linear(

@@ -31,9 +31,9 @@ inline __m256i to_bfloat16(__m512 x) {
 inline void store(float* to, __m512 x, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, x); }
 inline void store(bfloat16* to, __m512 x, __mmask16 mask) { _mm256_mask_storeu_epi16(to, mask, to_bfloat16(x)); }
 
-// 2^x, to 2e-7 of itself; 0 for minus infinity and all below -126.
+// 2^x, to 2e-7 of itself; 0 for minus infinity and all below -126, NaN for NaN.
 inline __m512 exp2(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-150.f));
+  x = _mm512_max_ps(_mm512_set1_ps(-150.f), x);  // the second of them if one is NaN
   __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), rest = _mm512_sub_ps(x, whole);
   constexpr float c[] = {1.f, 0.693147182f, 0.240226462f, 0.0555033982f, 0.00961834099f, 0.00133990263f, 0.000154344974f};
   __m512 y = _mm512_set1_ps(c[6]);

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bert_evaluation import kernels
 from bert_evaluation.graph import Node
 from bert_evaluation.transformations.positions import shape
 
@@ -35,14 +36,16 @@ class Attention:
 
 
 def attentions(graph: fx.Graph) -> Iterator[Node]:
-    """Every attention: one operator, or the softmax of one that is written out."""
+    """Every attention: one operator, torch's or that of our kernels, or the softmax of one that is written out."""
     for node in graph.nodes:
-        if node.target is SDPA or (node.target in SOFTMAX and len(shape(node)) == 4):
+        if node.target in (SDPA, kernels.ATTENTION) or (node.target in SOFTMAX and len(shape(node)) == 4):
             yield node
 
 
 def heads_at(node: Node) -> Attention:
     """What an attention's tensors are split from, and what its heads are joined to. Raises RefusedError."""
+    if node.target is kernels.ATTENTION:
+        raise RefusedError(f"{node.name} is attention of our kernels already; this step comes before TileAttention.")
     if node.target is not SDPA:
         raise RefusedError(f"{node.name} is a part of attention that is written out; apply FuseAttention before.")
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from bert_evaluation import graph as graphs
-from bert_evaluation import onednn
+from bert_evaluation import kernels, onednn
 from bert_evaluation.graph import Node
 
 aten = torch.ops.aten
 Size = int | str
-LINEARS = (aten.linear.default, onednn.POINTWISE, onednn.BINARY)
+LINEARS = (aten.linear.default, onednn.POINTWISE, onednn.BINARY, kernels.LINEAR)
 PAIRS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 ELEMENTWISE = (
     *(activation.operator for activation in onednn.ACTIVATIONS),
@@ -80,9 +80,10 @@ def why_not_position_wise(node: Node, packed: Collection[Node]) -> str | None:
     """Why the node is more than a function of the same position of each of these tensors, if it is."""
     if not is_position_wise(node):
         return f"{node.name} ({node.target}) is not known to treat each position by itself."
-    several = node.target in PAIRS or node.target is onednn.BINARY
-    tensors, more = (node.args[:2], node.args[2:]) if several else (node.args[:1], node.args[1:])
     if node.target in LINEARS:
+        added = {onednn.BINARY: 1, kernels.LINEAR: 6}.get(node.target)  # the argument that is
+        tensors = [each for place, each in enumerate(node.args) if place in (0, added) and each is not None]
+        more = [each for place, each in enumerate(node.args) if place not in (0, added)]
         if not all(each in packed for each in tensors) or any(each in packed for each in more):
             return f"{node.name} multiplies what is computed for each token with another such tensor."
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bert_evaluation import graph as graphs
-from bert_evaluation import kernels, onednn
+from bert_evaluation import kernels, onednn, varlen
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Approximates, ReversibleTransformation, Site
 from bert_evaluation.transformations.activations import LARGEST, Found, activation_at
@@ -19,6 +19,7 @@ from bert_evaluation.transformations.tiles import ENDINGS, ending
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
+ATTENTIONS = (ATTENTION, varlen.ATTENTION)
 CAST = aten.to.dtype
 LOW, HIGH = torch.bfloat16, torch.float32
 _OTHER = {LOW: HIGH, HIGH: LOW}
@@ -69,8 +70,8 @@ class CastToBFloat16(ReversibleTransformation):
         self.anyway = anyway
 
     def sites(self, graph: GraphModule) -> Iterable[Site]:
-        """Every linear, those on integers too, and every scaled_dot_product_attention."""
-        return [Site(node) for node in graph.graph.nodes if _is_linear(node) or node.target is ATTENTION]
+        """Every linear, those on integers too, every scaled_dot_product_attention and that of packed sequences."""
+        return [Site(node) for node in graph.graph.nodes if _is_linear(node) or node.target in ATTENTIONS]
 
     def why_not(self, site: Site) -> str | None:
         """Refuse what is kept, is no float32, is written into, or would be slower here."""
@@ -83,6 +84,8 @@ class CastToBFloat16(ReversibleTransformation):
             mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
             if isinstance(mask, Node) and _type(mask) is not torch.bool and keeps(mask) is None:
                 return f"{mask.name} is added to the scores; what it hides with may be infinite in bfloat16."
+        elif node.target is varlen.ATTENTION:
+            pass  # its mask says how long the sequences are
         elif node.target is kernels.LINEAR:
             if ending(node) != ENDINGS:
                 return f"{node.name} has taken in what follows it; cast before that."
@@ -95,7 +98,7 @@ class CastToBFloat16(ReversibleTransformation):
                 return f"{writer.name} writes into {each.name} in place."
         value = node.meta["val"]
         reason = onednn.why_not(torch.empty(0, dtype=LOW, device=value.device))
-        can_be_slow = value.device.type == "cpu" and node.target in (aten.linear.default, ATTENTION, kernels.LINEAR)
+        can_be_slow = value.device.type == "cpu" and node.target in (aten.linear.default, *ATTENTIONS, kernels.LINEAR)
         if reason is None or (self.anyway and can_be_slow):
             return None
         return f"{reason} It would be slower; anyway=True casts it all the same." if can_be_slow else reason
@@ -103,11 +106,11 @@ class CastToBFloat16(ReversibleTransformation):
     def rewrite(self, graph: GraphModule, site: Site) -> list[tuple[str, Tensor]]:  # noqa: ARG002
         """Cast what it reads, once, and let what it returns be cast back as late as can be."""
         node, replaced = site.node, list[tuple[str, Tensor]]()
-        stored = [] if node.target in (ATTENTION, kernels.LINEAR) else _stored(node)
+        stored = [] if node.target in (*ATTENTIONS, kernels.LINEAR) else _stored(node)
         for parameter in stored:
             replaced.append((str(parameter.target), tensor_of(parameter)))
             node.replace_input_with(parameter, _lowered(parameter, node))
-        read = {ATTENTION: node.args[:3], kernels.LINEAR: node.args[:1]}
+        read = dict.fromkeys(ATTENTIONS, node.args[:3]) | {kernels.LINEAR: node.args[:1]}
         inputs = read.get(node.target, node.all_input_nodes)
         for mask in node.all_input_nodes if node.target is ATTENTION else ():
             if (keep := keeps(mask)) is not None:
@@ -214,7 +217,7 @@ def _is_in(word: str, name: str) -> bool:
 def _makes_outputs(node: Node) -> bool:
     """Whether the result reaches an output by no other linear and no attention."""
     return any(
-        user.op == "output" or (not _is_linear(user) and user.target is not ATTENTION and _makes_outputs(user))
+        user.op == "output" or (not _is_linear(user) and user.target not in ATTENTIONS and _makes_outputs(user))
         for user in node.users
     )
 

@@ -65,8 +65,10 @@ class QuantizeLinears(ReversibleTransformation):
         for source in (node.args[0] for node in site.nodes):
             if isinstance(source, Node) and (writer := graphs.writer(source)):
                 return f"{writer.name} writes into {source.name} in place."
-        reason = None if self.anyway else kernels.why_not(torch.int8, tensor.device)
-        return reason and f"{reason} anyway=True computes it in plain PyTorch, slowly."
+        reason = kernels.why_not(torch.int8, tensor.device)
+        if reason is None or self.anyway:
+            return None
+        return f"{reason} anyway=True computes it in plain PyTorch, slowly."
 
     def rewrite(self, graph: GraphModule, site: Site) -> tuple[str, Tensor]:
         """Quantise the weight, and let every linear read it."""

@@ -1,6 +1,7 @@
 """Linears and attention on our own kernels, which compute them tile by tile."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,9 +64,10 @@ class TileLinears(ReversibleTransformation):
         tensor = tensor_of(weight)
         if tensor.dtype not in (torch.bfloat16, torch.float32):
             return f"It computes in {tensor.dtype}; the kernels are for bfloat16, int8 and float32."
-        return None if self.anyway else kernels.why_not(tensor.dtype, tensor.device)
+        reason = kernels.why_not(tensor.dtype, tensor.device)
+        return None if self.anyway else reason
 
-    def rewrite(self, graph: GraphModule, site: Site) -> tuple[str, str, dict[str, Tensor], tuple[int, int], bool]:
+    def rewrite(self, graph: GraphModule, site: Site) -> "_Packed":
         """Pack the weight, and let every linear read it."""
         weight = weight_and_bias(site.node)[0]
         tensor, name = tensor_of(weight), free_name(graph, stem(weight) + "_tiles", "weight")
@@ -86,17 +88,30 @@ class TileLinears(ReversibleTransformation):
             fused.meta["val"] = linear.meta["val"]
             linear.replace_all_uses_with(fused)
             graph.graph.erase_node(linear)
-        return str(weight.target), name, biases, (len(tensor), tensor.shape[1]), isinstance(tensor, torch.nn.Parameter)
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        return _Packed(str(weight.target), name, biases, tensor.shape, is_parameter, tensor.requires_grad)
 
-    def undo(self, graph: GraphModule, memo: tuple[str, str, dict[str, Tensor], tuple[int, int], bool]) -> None:
+    def undo(self, graph: GraphModule, memo: "_Packed") -> None:
         """Bring the weight back into its own order."""
-        plain, name, biases, (outputs, inputs), is_parameter = memo
-        packed = graphs.get_tensor(graph, name)
+        packed = graphs.get_tensor(graph, memo.packed)
         assert packed is not None
-        tensor = kernels.unpack(packed, outputs, inputs)
-        tensor = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
-        for target, each in (biases | {plain: tensor}).items():
+        tensor = kernels.unpack(packed, *memo.shape)
+        if memo.is_parameter:
+            tensor = torch.nn.Parameter(tensor, requires_grad=memo.trained)
+        for target, each in (memo.biases | {memo.plain: tensor}).items():
             graphs.set_tensor(graph, target, each)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A weight that was packed: its names before and after, its biases as they were, and what it was."""
+
+    plain: str
+    packed: str
+    biases: dict[str, Tensor]
+    shape: torch.Size
+    is_parameter: bool
+    trained: bool
 
 
 class TileAttention(ReversibleTransformation):
@@ -123,7 +138,8 @@ class TileAttention(ReversibleTransformation):
         value = site.node.meta["val"]
         if value.dtype is not torch.bfloat16:
             return f"It computes in {value.dtype}; the kernels are for bfloat16."
-        if not self.anyway and (reason := kernels.why_not(torch.bfloat16, value.device)):
+        reason = kernels.why_not(torch.bfloat16, value.device)
+        if reason and not self.anyway:
             return reason
         if site.node.target is varlen.ATTENTION:
             heads, sources = site.node.args[4], site.node.args[:3]
