@@ -15,6 +15,7 @@ from bert_evaluation.transformations.masks import HoistMask
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
 from bert_evaluation.transformations.padding import RemovePadding
 from bert_evaluation.transformations.precision import CastToBFloat16
+from bert_evaluation.transformations.pruning import PruneFeedForward, PruneHeads
 from bert_evaluation.transformations.quantization import QuantizeLinears
 from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
 
@@ -36,6 +37,8 @@ REGISTRY: tuple[type[Transformation], ...] = (
     FuseResidual,
     PackLinears,
     RemovePadding,
+    PruneHeads,
+    PruneFeedForward,
     CastToBFloat16,
     QuantizeLinears,
 )
@@ -89,6 +92,8 @@ __all__ = [
     "LintAndRecompile",
     "MergeLinears",
     "PackLinears",
+    "PruneFeedForward",
+    "PruneHeads",
     "QuantizeLinears",
     "Recipe",
     "RemoveDropout",
