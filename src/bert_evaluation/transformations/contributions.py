@@ -33,23 +33,21 @@ def contributions(graph: GraphModule, groups: Mapping[str, tuple[Sequence[Node],
         return {}
     sources, sums = {linear: argument(linear, 0) for linear in linears}, dict[Node, list[Tensor]]()
     widths = {linear: width for group, width in groups.values() for linear in group}
-    tokens = 0
     for inputs, values in activations(graph, sources.values(), calibration_of(graph).batches):
         for linear, source in sources.items():
             x = at_tokens(values[source], inputs).double()
-            parts = x.unflatten(1, (-1, widths[linear])).transpose(0, 1)  # (groups, tokens, width)
-            new = [x.sum(0), parts.mT @ parts]
+            parts = x.reshape(len(x), -1, widths[linear]).transpose(0, 1)  # (groups, tokens, width)
+            new = [x.new_tensor(len(x)), x.sum(0), parts.mT @ parts]
             sums[linear] = new if linear not in sums else [a + b for a, b in zip(sums[linear], new, strict=True)]
-        tokens += len(x)
     found = {}
     for name, (group, width) in groups.items():
         weight = tensor_of(weight_and_bias(group[0])[0]).detach().double()
-        columns = weight.T.unflatten(0, (-1, width)).mT  # (groups, out, width)
-        means = [sums[linear][0] / tokens for linear in group]
+        columns = weight.reshape(len(weight), -1, width).transpose(0, 1)  # (groups, out, width)
+        means = [sums[linear][1] / sums[linear][0] for linear in group]
         matters = torch.zeros(len(columns), dtype=torch.float64, device=weight.device)
         for linear, mean in zip(group, means, strict=True):
-            center = mean.unflatten(0, (-1, width)).unsqueeze(2)
-            covariance = sums[linear][1] / tokens - center @ center.mT
+            center = mean.view(-1, width, 1)
+            covariance = sums[linear][2] / sums[linear][0] - center @ center.mT
             matters += ((columns @ covariance) * columns).sum((1, 2))
         found[name] = Contribution(matters.clamp_min(0), torch.stack(means).mean(0))
     return found

@@ -23,7 +23,7 @@ from bert_evaluation.transformations.written_attention import (
     NotAttentionError,
     argument,
     before_products,
-    constant,
+    factor,
     is_idle_dropout,
     probabilities,
     readers,
@@ -71,24 +71,24 @@ def attentions(graph: GraphModule) -> list[Node]:
 def read_heads(attention: Node) -> Heads:
     """The heads of an attention. Raises NotAttentionError where they cannot be told apart from linear to linear."""
     if attention.target is SDPA:
-        query, key, value, *more = attention.args
-        if attention.kwargs.get("enable_gqa") or (len(attention.args) > 7 and attention.args[7]):
-            raise NotAttentionError(f"{attention.name} shares keys between heads.")
+        query, key, value = (argument(attention, index) for index in range(3))
         sources, inner, result = (query, key, value), [attention], attention
-        masks = [(attention, each) for each in (*more[:1], attention.kwargs.get("attn_mask"))]
+        masks = [(attention, each) for each in (*attention.args[3:4], attention.kwargs.get("attn_mask"))]
     else:
         before, after = scores(attention), probabilities(attention)
         sources = (argument(before[0], 0), argument(before[0], 1), argument(after[-1], 1))
         inner, result = [*before, *after], after[-1]
         masks = [(node, each) for node in before if node.target in (*ADDS, *FILLS, *WHERES) for each in node.args]
-    if any(len(shape_of(node)) != 4 for node in inner):
-        raise NotAttentionError(f"{attention.name} is not of shape (batch, heads, length, width).")
+    if odd := next((node for node in inner if len(shape_of(node)) != 4), None):
+        raise NotAttentionError(f"{odd.name} is not of shape (batch, heads, length, width).")
     count = attention.meta["val"].shape[AXIS]
     if not isinstance(count, int):
         raise NotAttentionError(f"The number of heads of {attention.name} is not fixed.")
+    if other := next((each for each in sources if shape_of(each)[AXIS] != str(count)), None):
+        raise NotAttentionError(f"{other.name} has another number of heads than {attention.name}.")
     axes: dict[Node, int | None] = dict.fromkeys(inner, AXIS)
     query, key, value = (_made_by(source, attention, axes) for source in sources)
-    read_by = _read_by(result, attention, axes)
+    read_by = _read_by(result, axes)
     biases = tuple(
         (mask, reader, axis)
         for reader, mask in masks
@@ -131,7 +131,7 @@ def _made_by(source: Node, attention: Node, axes: dict[Node, int | None]) -> Nod
     return chain[-1]
 
 
-def _read_by(result: Node, attention: Node, axes: dict[Node, int | None]) -> Node:
+def _read_by(result: Node, axes: dict[Node, int | None]) -> Node:
     """The linear that reads the joined heads; the nodes on the way there are entered into `axes`."""
     node, axis = result, axes[result]
     while True:
@@ -154,15 +154,15 @@ def _step(source: Node, node: Node, axis: int | None) -> int | None:
             return len(after) - 2
         if axis is not None and after[:-1] == before[:-2] and axis == len(before) - 2:
             return None
-    elif node.target in (*VIEWS, *PASSES) or is_idle_dropout(node):
-        return axis
-    elif node.target in SCALES and constant(arguments[0]) is not None:
+    elif node.target in (*VIEWS, *PASSES) or is_idle_dropout(node) or factor(node) is not None:
         return axis
     elif axis is not None and node.target is aten.transpose.int:
         one, other = (each % len(before) for each in arguments)
-        return {one: other, other: one}.get(axis, axis)
+        swapped: dict[int, int] = {one: other, other: one}
+        return swapped.get(axis, axis)
     elif axis is not None and node.target is aten.permute.default:
-        return [each % len(before) for each in arguments[0]].index(axis)
+        order: list[int] = [each % len(before) for each in arguments[0]]
+        return order.index(axis)
     raise NotAttentionError(_NO_MOVE.format(node))
 
 

@@ -86,8 +86,8 @@ class PruneHeads(_Pruning):
             try:
                 heads = read_heads(node)
                 groups.setdefault(str(weight_and_bias(heads.made_by[0])[0].target), []).append(heads)
-            except NotAttentionError as reason:
-                sites.append(_Unit(node, reason=str(reason)))
+            except NotAttentionError as error:
+                sites.append(_Unit(node, reason=str(error)))
         reasons = {name: why_not_shared(found) or _why_no_bias(found[0].read_by) for name, found in groups.items()}
         measured, missing = _measured(
             graph,
@@ -98,7 +98,7 @@ class PruneHeads(_Pruning):
             },
         )
         most = self._share(sum(found[0].count for found in groups.values()))
-        going = _least(measured, most)
+        stays = _why_kept(measured, most)
         for name, (first, *others) in groups.items():
             nodes, width = tuple(each.node for each in others), first.widths[2]
             for head in reversed(range(first.count)):
@@ -106,13 +106,14 @@ class PruneHeads(_Pruning):
                 columns = tuple(range(head * width, (head + 1) * width))
                 if name in measured:
                     mean = measured[name].mean[list(columns)]
-                    reason = None if (name, head) in going else _why_kept(measured[name], head, most)
+                    reason = stays[name, head]
                 sites.append(_Unit(first.node, nodes, f", head {head}", reason, columns, mean))
         return sites
 
     def rewrite(self, graph: GraphModule, site: Site) -> Kept:
         """Take the head's rows and columns out, and let the nodes between have one head less."""
-        assert isinstance(site, _Unit) and site.mean is not None
+        assert isinstance(site, _Unit)
+        assert site.mean is not None
         found = [read_heads(node) for node in (site.node, *site.nodes)]
         first, head, kept = found[0], site.columns[0] // len(site.columns), Kept()
         for linear, width in zip(first.made_by, first.widths, strict=True):
@@ -168,11 +169,7 @@ class PruneFeedForward(_Pruning):
         reasons = {name: _why_no_pair(found) for name, found in pairs.items()}
         measured, missing = _measured(
             graph,
-            {
-                name: ([_after(each)[-1] for each in found], 1)
-                for name, found in pairs.items()
-                if reasons[name] is None
-            },
+            {name: ([_after(each)[-1] for each in found], 1) for name, found in pairs.items() if reasons[name] is None},
         )
         for name, found in pairs.items():
             node, *nodes = (each.nodes[-1] for each in found)
@@ -186,12 +183,13 @@ class PruneFeedForward(_Pruning):
             reason = f"All {inner} neurons stay: their number is rounded up to a multiple of {MULTIPLE}."
             yield _Unit(node, tuple(nodes), title, None if columns else reason, columns, mean)
         for node in graphs.calls(graph, onednn.POINTWISE):
-            if node.args[3] != "none":
+            if node.args[3] != "none":  # the activation is within
                 yield _Unit(node, reason=f"{node.name} ends with {node.args[3]}; prune before FuseLinearActivation.")
 
     def rewrite(self, graph: GraphModule, site: Site) -> Kept:
         """Take rows of the first linear and columns of the second one out."""
-        assert isinstance(site, _Unit) and site.mean is not None
+        assert isinstance(site, _Unit)
+        assert site.mean is not None
         found = [each for node in (site.node, *site.nodes) if (each := activation_at(node)) is not None]
         first = found[0].source
         left = tensor_of(weight_and_bias(first)[0]).shape[0] - len(site.columns)
@@ -216,27 +214,30 @@ def _measured(
         return {}, str(error)
 
 
-def _least(measured: Mapping[str, Contribution], most: int) -> set[tuple[str, int]]:
-    """So many heads at most that matter least, by the name of their attention and their number; not all of any."""
+def _why_kept(measured: Mapping[str, Contribution], most: int) -> dict[tuple[str, int], str | None]:
+    """Why each head stays, by the name of its attention and its number; None for the `most` that matter least.
+
+    Not all of any attention go.
+    """
     ranked = sorted(
         (matters, place, name, head)
         for place, (name, each) in enumerate(measured.items())
         for head, matters in enumerate(each.matters.tolist())
     )
-    left = {name: len(each.matters) for name, each in measured.items()}
-    found = set[tuple[str, int]]()
-    for _, _, name, head in ranked:
-        if len(found) < most and left[name] > 1:
-            left[name] -= 1
-            found.add((name, head))
-    return found
-
-
-def _why_kept(contribution: Contribution, head: int, most: int) -> str:
-    if most == 0:
-        return "The budget is less than one head."
-    share = contribution.matters[head] / contribution.matters.sum()
-    return f"It matters more than the {most} heads within the budget, or is its layer's last: {share:.1%} of its layer."
+    left, going = {name: len(each.matters) for name, each in measured.items()}, 0
+    reasons, largest = dict[tuple[str, int], str | None](), 0.0
+    for matters, _, name, head in ranked:
+        if most == 0:
+            reason = f"The budget is less than one of {len(ranked)} heads."
+        elif left[name] == 1:
+            reason = "It is the last head of its attention."
+        elif going == most:
+            times = f"{matters / largest:.2g} times as much as any" if largest else "more than those"
+            reason = f"It matters {times} within the budget."
+        else:
+            left[name], going, largest, reason = left[name] - 1, going + 1, matters, None
+        reasons[name, head] = reason
+    return reasons
 
 
 def _why_no_bias(linear: Node) -> str | None:
@@ -269,7 +270,7 @@ def _why_no_pair(found: Sequence[Found]) -> str | None:
     for each in found:
         last, after = each.nodes[-1], _after(each)
         if each.source.target is not aten.linear.default:
-            return f"{last.name} is of {each.source.name}, which is no plain linear's result: a gated feed-forward stays."
+            return f"{last.name} reads {each.source.name}, no plain linear: gated, fused or packed, it stays as it is."
         if not after or after[-1].target is not aten.linear.default or after[-1].args[0] not in (last, *after):
             return f"{last.name} is not read by one linear: this is no feed-forward."
         for node in (each.source, *each.nodes[:-1]):
