@@ -29,7 +29,9 @@ from bert_evaluation.squad.dataset import Dataset
 from bert_evaluation.store import Store
 from bert_evaluation.transformations import MergeLinears, PruneHeads, RemovePadding
 
-TEXT = Dataset("two", (Example("a", "Who won?", "The king won.", ()), Example("b", "When?", "In the first year.", ())))
+TEXT = Dataset(
+    "two", (Example("a", "Who won?", "The king won.", ()), Example("b", "When was it built?", "In the first year.", ()))
+)
 
 
 @pytest.fixture(scope="module")
