@@ -139,6 +139,7 @@ class Transformation:
     """
 
     promise: Promise = Approximates()
+    calibrates: bool = False  # whether what it does depends on calibration inputs
 
     def __init_subclass__(cls) -> None:
         """Take `preserves_computation = True`, optimum.fx's way to say it, for a promise."""

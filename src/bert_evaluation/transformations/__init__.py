@@ -16,6 +16,7 @@ from bert_evaluation.transformations.normalization import FuseSkipLayerNorm
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
 from bert_evaluation.transformations.padding import RemovePadding
 from bert_evaluation.transformations.precision import CastToBFloat16
+from bert_evaluation.transformations.pruning import PruneFeedForward, PruneHeads
 from bert_evaluation.transformations.quantization import QuantizeLinears
 from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
 from bert_evaluation.transformations.tiles import TileAttention, TileLinears
@@ -38,6 +39,8 @@ REGISTRY: tuple[type[Transformation], ...] = (
     FuseResidual,
     PackLinears,
     RemovePadding,
+    PruneHeads,
+    PruneFeedForward,
     CastToBFloat16,
     QuantizeLinears,
     TileLinears,
@@ -91,6 +94,8 @@ __all__ = [
     "LintAndRecompile",
     "MergeLinears",
     "PackLinears",
+    "PruneFeedForward",
+    "PruneHeads",
     "QuantizeLinears",
     "Recipe",
     "RemoveDropout",
