@@ -20,7 +20,6 @@ from torch import Tensor
 
 from bert_evaluation import graph as graphs
 from bert_evaluation import onednn
-from bert_evaluation.capturing import example_inputs
 from bert_evaluation.device import cpp_compiler
 from bert_evaluation.errors import TransformationError
 from bert_evaluation.graph import GraphModule, Node
@@ -58,15 +57,18 @@ class Compiled:
     """What is called in the place of a graph's nodes; `title` says by whose will. For inference: no gradients.
 
     It is compiled once, by the first call or by `prepare`, which takes up to a minute (`seconds`, 0 before). Inputs
-    have the types and fixed sizes that the graph was captured with, and any dynamic ones, 1 included; others are
-    refused with a ValueError. It reads the tensors that the graph has now, and is not told if those are exchanged.
+    have the types and fixed sizes that the graph was captured with, and any dynamic ones, 1 included, with one batch
+    for all; others are refused with a ValueError. It reads the tensors that the graph has now, and is not told if
+    those are exchanged.
     """
 
     def __init__(self, graph: GraphModule, title: str) -> None:
         self.seconds = 0.0
         self._title = title
         self._graph = _with_opaque_calls(graph)
-        self._inputs = [_Input(node) for node in graph.graph.find_nodes(op="placeholder")]
+        inputs = [_Input(node) for node in graph.graph.find_nodes(op="placeholder")]
+        batch = {each.sizes[0] for each in inputs if 0 in each.dynamic}
+        self._inputs = [each.of_one_batch(batch) for each in inputs]
         self._function: Callable[..., Any] | None = None
         self._lock = threading.Lock()
 
@@ -116,7 +118,8 @@ class Compiled:
             torch.no_grad(),
             torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
         ):
-            inputs = example_inputs(self._graph, SMALLEST)
+            sizes = dict[str, int]()
+            inputs = {each.name: each.example(sizes) for each in self._inputs}
             for each in self._inputs:
                 for dimension in each.dynamic:
                     torch._dynamo.mark_dynamic(inputs[each.name], dimension)
@@ -132,10 +135,22 @@ class _Input:
         self.name, self.dtype, self.device = str(node.target), value.dtype, value.device
         self.sizes = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
 
+    def of_one_batch(self, symbols: set[int | str]) -> "_Input":
+        """The input with one symbol for the batch: export may leave it open whether those of two inputs are equal."""
+        self.sizes = tuple("batch" if size in symbols else size for size in self.sizes)
+        return self
+
     @property
     def dynamic(self) -> Iterable[int]:
         """The dimensions that are."""
         return [dimension for dimension, size in enumerate(self.sizes) if isinstance(size, str)]
+
+    def example(self, known: dict[str, int]) -> Tensor:
+        """Zeros, each dynamic size 3 more than the one before; `known` are those of the inputs before."""
+        shape = [
+            known.setdefault(size, SMALLEST + 3 * len(known)) if isinstance(size, str) else size for size in self.sizes
+        ]
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def checked(self, inputs: Mapping[str, Tensor], known: dict[str, int]) -> Tensor:
         """The input as the compiled code reads it; `known` are the sizes that symbols have in this call.
@@ -154,8 +169,9 @@ class _Input:
             for size, expected in zip(tensor.shape, self.sizes, strict=True)
         )
         if not fits:
+            taken = ", ".join(str(known.get(size, "any") if isinstance(size, str) else size) for size in self.sizes)
             raise ValueError(
-                f"{self.name} has the shape {tuple(tensor.shape)}; compiled was for {self.sizes}, {known}."
+                f"{self.name} has the shape {tuple(tensor.shape)}; beside the others it is to be ({taken})."
             )
         return tensor.contiguous()
 

@@ -25,7 +25,7 @@ from bert_evaluation.transformations import (
     RemovePadding,
     parse_recipe,
 )
-from bert_evaluation.verification import check, default_probes, judge, observe, results
+from bert_evaluation.verification import check, default_probes, in_double, judge, observe, results
 
 SHAPES = [(1, 1), (1, 7), (3, 1), (2, 64), (5, 130), (1, 512)]
 
@@ -106,6 +106,8 @@ def test_what_does_not_fit_is_an_error_and_never_read(bert, compiled):
     inputs = inputs_of(bert, 3, 8)
     with pytest.raises(ValueError, match=r"attention_mask has the shape \(3, 7\)"):
         compiled(**inputs | {"attention_mask": inputs["attention_mask"][:, :7]})
+    with pytest.raises(ValueError, match=r"attention_mask has the shape \(1, 8\).* to be \(3, 8\)"):
+        compiled(**inputs | {"attention_mask": inputs["attention_mask"][:1]})
     with pytest.raises(ValueError, match=r"input_ids has the shape \(3,\)"):
         compiled(**inputs | {"input_ids": inputs["input_ids"][:, 0]})
     with pytest.raises(ValueError, match=r"torch.int32 on cpu; compiled was for torch.int64"):
@@ -137,13 +139,13 @@ def test_it_is_not_saved(tmp_path, bert, compiled, plain):
     assert distance(again(**inputs), plain(**inputs)) < 1e-5
 
 
-def test_forks_share_what_was_compiled(compiled):
+def test_forks_share_what_was_compiled(bert_graph, compiled):
     fork = graphs.fork(compiled)
     assert graphs.stand_in(fork) is graphs.stand_in(compiled)
     assert graphs.graph_hash(fork) == graphs.graph_hash(compiled)
     assert graphs.stand_in(DeepCopy()(compiled)) is graphs.stand_in(compiled)
-    assert graphs.stand_in(copy.deepcopy(compiled)) is None
-    assert graphs.stand_in(graphs.in_double(compiled)) is None
+    assert graphs.stand_in(copy.deepcopy(Compile()(graphs.fork(bert_graph)))) is None
+    assert graphs.stand_in(in_double(compiled)) is None
 
 
 def test_it_is_the_last_step(compiled):
