@@ -9,6 +9,7 @@ from bert_evaluation.transformations.attention import FuseAttention
 from bert_evaluation.transformations.attention_scale import FoldAttentionScale
 from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, FuseBatchNorm2dInConv2d
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
+from bert_evaluation.transformations.compilation import Compile
 from bert_evaluation.transformations.constants import FoldConstants
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
 from bert_evaluation.transformations.masks import HoistMask
@@ -46,6 +47,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     TileLinears,
     TileAttention,
     FuseSkipLayerNorm,
+    Compile,
 )
 
 ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMulByInverse, RemoveDropout)
@@ -79,6 +81,7 @@ __all__ = [
     "REGISTRY",
     "CastToBFloat16",
     "ChangeTrueDivToMulByInverse",
+    "Compile",
     "DeepCopy",
     "EliminateCommonSubexpressions",
     "FoldAttentionScale",
