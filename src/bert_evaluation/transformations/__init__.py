@@ -56,11 +56,15 @@ ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMul
 CLEAN = (RemoveDropout, FoldConstants, EliminateCommonSubexpressions, FuseAttention, HoistMask, MergeLinears)
 FUSE = (FuseLinearActivation, FuseResidual, FuseSkipLayerNorm, PackLinears)
 
-# Named recipes, for `--recipe exact`. What a device has no kernels for is refused there and left as it is.
+BFLOAT16 = (CastToBFloat16, TileLinears, TileAttention, *FUSE)
+
+# Named recipes, for `--recipe exact`. What a device has no kernels for is refused there and left as it is, so `fastest`
+# is on integers where there is VNNI, else in bfloat16 where there is that, else in float32; and compiled.
 PRESETS: Presets = {
     "exact": (*CLEAN, TileLinears, *FUSE),
-    "bf16": (*CLEAN, CastToBFloat16, TileLinears, TileAttention, *FUSE),
-    "int8": (*CLEAN, QuantizeLinears, CastToBFloat16, TileLinears, TileAttention, *FUSE),
+    "bf16": (*CLEAN, *BFLOAT16),
+    "int8": (*CLEAN, QuantizeLinears, *BFLOAT16),
+    "fastest": (*CLEAN, QuantizeLinears, *BFLOAT16, Compile),
 }
 
 
