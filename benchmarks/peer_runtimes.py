@@ -3,6 +3,7 @@
 import copy
 import json
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,11 +28,22 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that every peer gets, a folder for what they make of it, and how many threads they may use."""
+    """The model that every peer gets, a folder for what they make of it, and how many threads they may use.
+
+    With `streams` a peer is called by so many threads at once, among which those are shared out; with `many_sizes` it
+    is not made for each size of its inputs anew.
+    """
 
     model: nn.Module
     folder: Path
     threads: int
+    streams: int = 1
+    many_sizes: bool = False
+
+    @property
+    def threads_each(self) -> int:
+        """Threads of one stream."""
+        return max(1, self.threads // self.streams)
 
     @cached_property
     def onnx(self) -> Path:
@@ -97,10 +109,11 @@ def _compiled(subject: Subject, precision: str) -> Peer:
     import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
-    inductor.freezing, inductor.cpp.threads = True, subject.threads
-    dynamo.recompile_limit = 64  # one compilation a shape, which is faster than one for all
+    # One compilation a shape is faster than one for all, but not where there are many.
+    inductor.freezing, dynamo.recompile_limit = not subject.many_sizes, 64
+    inductor.cpp.threads = subject.threads_each
     model = copy.deepcopy(subject.model).to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    compiled = torch.compile(model, dynamic=False)
+    compiled = torch.compile(model, dynamic=subject.many_sizes)
     return Peer(lambda inputs: graphs.output_tensors(compiled(**inputs)), precision)
 
 
@@ -108,7 +121,7 @@ def _onnxruntime(file: Path, subject: Subject, precision: str) -> Peer:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = subject.threads, 3
+    options.intra_op_num_threads, options.log_severity_level = subject.threads_each, 3
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return Peer(lambda inputs: session.run(None, _arrays(inputs)), precision)
 
@@ -126,13 +139,21 @@ def _openvino(subject: Subject, precision: str) -> Peer:
 
     core = openvino.Core()
     model = core.read_model(subject.onnx)
-    settings = {"INFERENCE_NUM_THREADS": subject.threads, "PERFORMANCE_HINT": "LATENCY"}
+    hint = "LATENCY" if subject.streams == 1 else "THROUGHPUT"
+    settings = {"INFERENCE_NUM_THREADS": subject.threads, "PERFORMANCE_HINT": hint, "NUM_STREAMS": subject.streams}
     if precision == "int8":
         model = _quantized_openvino(model, subject)
     else:
         settings["INFERENCE_PRECISION_HINT"] = {"fp32": "f32", "bf16": "bf16"}[precision]
     compiled = core.compile_model(model, "CPU", settings)
-    return Peer(lambda inputs: compiled(_arrays(inputs)).values(), precision)
+    request = threading.local()  # a request takes one call at a time
+
+    def run(inputs: Inputs) -> list[Any]:
+        if not hasattr(request, "own"):
+            request.own = compiled.create_infer_request()
+        return list(request.own.infer(_arrays(inputs)).values())
+
+    return Peer(run, precision)
 
 
 def _quantized_openvino(model: Any, subject: Subject) -> Any:

@@ -1,9 +1,7 @@
 """What this machine has and can do, as far as torch and the system tell."""
 
 import math
-import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 
 from bert_evaluation import conditions, linux
 from bert_evaluation.conditions import told
-from bert_evaluation.device import KINDS, is_present, machine
+from bert_evaluation.device import KINDS, cpp_compiler, is_present, machine
 
 NOT_TOLD = "not told by this system"
 # The field's names of instruction sets, and torch's.
@@ -58,7 +56,7 @@ def facts(device: torch.device, root: Path = linux.ROOT) -> Iterator[Fact]:
     yield Fact("Devices", ", ".join(present) + (f" ({', '.join(gpus)})" if gpus else ""))
     yield Fact("torch", f"{about['torch']}, {libraries()}")
     yield Fact("transformers", about["transformers"])
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    compiler = cpp_compiler()
     yield Fact("Compiler", f"{compiler}, {'there' if shutil.which(compiler) else 'missing'} for torch.compile")
 
 

@@ -15,6 +15,7 @@ from bert_evaluation.errors import CaptureError
 from bert_evaluation.graph import GraphModule
 
 DYNAMIC = torch.export.Dim.DYNAMIC
+CHECKPOINT = "bert_evaluation.checkpoint"  # key in GraphModule.meta: the name of the model's, and its longest input
 
 
 def capture(
@@ -36,8 +37,10 @@ def capture(
         example_inputs = {name: _at_least_two_rows(tensor) for name, tensor in example_inputs.items()}
         dynamic_shapes = {name: {0: DYNAMIC} if tensor.dim() else {} for name, tensor in example_inputs.items()}
     with eval_mode(module), torch.no_grad():
-        exported = _export(module, example_inputs, dynamic_shapes)
-    return _plain(exported)
+        graph = _plain(_export(module, example_inputs, dynamic_shapes))
+    if name := getattr(getattr(module, "config", None), "name_or_path", None):
+        graph.meta[CHECKPOINT] = (name, longest_input(module))
+    return graph
 
 
 def save(graph: GraphModule, file: str | Path) -> None:

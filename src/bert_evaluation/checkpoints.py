@@ -45,6 +45,13 @@ def load(name: str | Path = builtin.NAME, device: torch.device | str = "cpu") ->
             f"{name} has no question-answering head: it is a {made_for} without the weights {', '.join(missing[:4])};"
             " give a checkpoint that was fine-tuned for question answering."
         )
+    return model.to(device).eval(), load_tokenizer(name, longest_input(model))
+
+
+def load_tokenizer(name: str | Path, longest: int) -> Any:
+    """The fast tokenizer of a checkpoint whose model reads so many tokens at most. Raises CheckpointError."""
+    folder = _folder(name, builtin.CHECKPOINT)
+    source = str(folder or name)
     tokenizer = _fetch(
         name, folder, lambda local: transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
     )
@@ -55,8 +62,8 @@ def load(name: str | Path = builtin.NAME, device: torch.device | str = "cpu") ->
         )
     if not tokenizer.is_fast:
         raise CheckpointError(f"{name} has no fast tokenizer (tokenizer.json), which tells where a token stands.")
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model))
-    return model.to(device).eval(), tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

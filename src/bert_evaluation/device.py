@@ -4,6 +4,7 @@ import ctypes
 import difflib
 import os
 import platform
+import sys
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
@@ -66,6 +67,12 @@ def give_back_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def cpp_compiler() -> str:
+    """The C++ compiler that torch calls, whether it is there or not: that of CXX, or the system's."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return os.environ.get("CXX", usual)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

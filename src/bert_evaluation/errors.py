@@ -21,6 +21,10 @@ class DatasetError(BertEvaluationError):
     """A data set that is not there, or that is not SQuAD."""
 
 
+class CalibrationError(BertEvaluationError):
+    """A graph for which there are no inputs to calibrate with."""
+
+
 class TransformationError(BertEvaluationError):
     """A transformation that failed or cannot be undone. The graph is as it was before the call."""
 

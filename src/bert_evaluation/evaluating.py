@@ -6,11 +6,12 @@ from typing import Any
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.answering import Reader
+from bert_evaluation.calibration import calibration_of
 from bert_evaluation.checkpoints import tokenizer_hash
 from bert_evaluation.device import DECISIVE
 from bert_evaluation.evaluation import CHUNK, Evaluation, evaluate_together, measured
 from bert_evaluation.graph import GraphModule
-from bert_evaluation.quality import alarm, f1_difference, quality
+from bert_evaluation.quality import alarm, calibrated_on, f1_difference, quality
 from bert_evaluation.rows import BASE, Row
 from bert_evaluation.squad.batches import Batching
 from bert_evaluation.squad.dataset import Dataset
@@ -19,7 +20,7 @@ from bert_evaluation.stages import Run, Variants
 from bert_evaluation.stats import Difference, Ratio
 from bert_evaluation.store import AnswerRecord, EvaluationKey
 from bert_evaluation.streams import default_streams
-from bert_evaluation.transformation import Approximates
+from bert_evaluation.transformation import Approximates, history
 
 
 def evaluate(run: Run, rows: tuple[Row, ...], variants: Variants, data: Dataset) -> tuple[Row, ...]:
@@ -50,7 +51,7 @@ def evaluate(run: Run, rows: tuple[Row, ...], variants: Variants, data: Dataset)
     for name, evaluation in found.items():
         store.save_answers(keys[name].key, _answer_records(evaluation))
     rows = tuple(
-        _evaluated(row, found[row.name], found[BASE], keys[row.name].key, experiment.margin)
+        _evaluated(row, made[row.name], found[row.name], found[BASE], keys[row.name].key, experiment.margin)
         if row.name in made
         # A row whose graph is Base's has Base's quality, and no speed.
         else replace(row, quality=quality(found[BASE], experiment.margin, found[BASE]), evaluation=keys[BASE].key)
@@ -69,20 +70,26 @@ def evaluate(run: Run, rows: tuple[Row, ...], variants: Variants, data: Dataset)
     )
 
 
-def _evaluated(row: Row, found: Evaluation, base: Evaluation, key: str, margin: float) -> Row:
+def _evaluated(row: Row, graph: GraphModule, found: Evaluation, base: Evaluation, key: str, margin: float) -> Row:
     compared = row.name != BASE
     wary = row.verification is not None and row.verification.promise == Approximates.kind
     result = quality(found, margin, base if compared else None, wary)
     return replace(
         row,
         quality=result,
-        alarm=alarm(result, row.verification),
+        alarm=alarm(result, row.verification) or _calibrated_on(graph, found),
         samples_per_second=found.samples_per_second,
         tokens_per_second=found.tokens_per_second,
         work=found.work,
         throughput_speedup=found.speedup(base) if compared else None,
         evaluation=key,
     )
+
+
+def _calibrated_on(graph: GraphModule, found: Evaluation) -> str | None:
+    steps = [step for step in history(graph) if step.transformation.calibrates and step.report.applied]
+    names = list(dict.fromkeys(step.transformation.name for step in steps))
+    return calibrated_on(found, names, calibration_of(graph).questions) if names else None
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import operator
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -105,7 +105,24 @@ def fork(graph: GraphModule) -> GraphModule:
     twin = GraphModule(graph, copy.deepcopy(graph.graph))
     twin.meta = copy.copy(graph.meta)
     twin.train(graph.training)
+    set_stand_in(twin, stand_in(graph))
     return twin
+
+
+def stand_in(graph: GraphModule) -> Callable[..., Any] | None:
+    """What a call of the graph goes to in the place of its nodes, if there is such."""
+    found: Callable[..., Any] | None = graph.__dict__.get("forward")
+    return found
+
+
+def set_stand_in(graph: GraphModule, call: Callable[..., Any] | None) -> None:
+    """Let a call of the graph go to `call`, which computes what the nodes do; to the nodes again with None.
+
+    The nodes stay, for all that reads them. `repr(call)` is part of the graph's hash.
+    """
+    graph.__dict__.pop("forward", None)
+    if call is not None:
+        graph.__dict__["forward"] = call
 
 
 def is_mutable(node: Node) -> bool:
@@ -196,6 +213,8 @@ def graph_hash(graph: GraphModule) -> str:
     for node in graph.graph.nodes:
         lines.append(description(node, number, graph))
         number[node] = len(number)
+    if (call := stand_in(graph)) is not None:
+        lines.append(repr(call))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -266,6 +285,7 @@ def output_tensors(output: Any) -> list[Tensor]:
 def in_double(graph: GraphModule) -> GraphModule:
     """A copy of the graph that computes in float64 what the graph computes in float32 or bfloat16."""
     twin = copy.deepcopy(graph).double()
+    set_stand_in(twin, None)
     for node in list(twin.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             twin.graph.erase_node(node)

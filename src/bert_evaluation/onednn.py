@@ -109,8 +109,8 @@ def weight_of(linear: Node) -> Node:
 
 
 def is_plain(graph: GraphModule) -> bool:
-    """Whether none of these operators is in the graph."""
-    return not any(node.target in FUSED for node in graph.graph.nodes)
+    """Whether none of these operators is in the graph, nor anything else called than its nodes."""
+    return graphs.stand_in(graph) is None and not any(node.target in FUSED for node in graph.graph.nodes)
 
 
 def expand(graph: GraphModule) -> GraphModule:
@@ -118,6 +118,7 @@ def expand(graph: GraphModule) -> GraphModule:
     if is_plain(graph):
         return graph
     twin = graphs.fork(graph)
+    graphs.set_stand_in(twin, None)
     for name in graphs.read_names(twin):
         tensor = graphs.get_tensor(twin, name)
         if tensor is not None and tensor.is_mkldnn:

@@ -1,6 +1,6 @@
 """Did quality hold? One evaluation against Base's on the same questions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 
 from bert_evaluation.evaluation import Evaluation
@@ -73,4 +73,15 @@ def alarm(found: Quality, check: Verification | None) -> str | None:
         f"{len(found.changes)} {'answer' if len(found.changes) == 1 else 'answers'} changed though the promise is"
         f" {check.promise}: the clearest, of question {clearest.question}, was decided by"
         f" {clearest.margin_before:.1e} logits; on the probes outputs differ by up to {check.max_abs_error:.1e}"
+    )
+
+
+def calibrated_on(found: Evaluation, steps: Sequence[str], questions: Set[str]) -> str | None:
+    """A sentence if questions that are scored are among those that these steps of a recipe were calibrated on."""
+    both = len(questions & found.details.keys())
+    if not steps or not both:
+        return None
+    return (
+        f"{' and '.join(steps)} {'was' if len(steps) == 1 else 'were'} calibrated on {both} of these"
+        f" {len(found.details)} questions: on others quality may be lower"
     )

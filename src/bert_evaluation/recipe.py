@@ -129,7 +129,8 @@ def parse_recipe(
             [kind() for kind in presets[name]] if name in presets else [_make(name, arguments, registry, presets)]
         )
     ]
-    return compose(*steps, title=text.strip() if text.strip() in presets else "")
+    # Named as it was written, so that two that differ in an argument have two names.
+    return compose(*steps, title="+".join(ast.unparse(term).removesuffix("()") for term in terms))
 
 
 def _terms(tree: ast.expr) -> list[ast.expr]:

@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from bert_evaluation import attribution
+from bert_evaluation import attribution, compiled
 from bert_evaluation import graph as graphs
 from bert_evaluation.answering import answer, model_inputs
 from bert_evaluation.capturing import capture, longest_input, text_inputs
@@ -31,6 +31,7 @@ from bert_evaluation.store import Store
 from bert_evaluation.verification import check, observe
 
 MEMORY_SHAPE = (8, 384)  # batch and length at which a row's memory is counted, or what the model reads at most
+CHECKING = "Capturing and checking promises"
 _CELLS: TypeAdapter[Cells] = TypeAdapter(Cells)
 
 
@@ -71,7 +72,7 @@ class Variants:
 def transform(run: Run, recipes: tuple[Recipe, ...]) -> tuple[Variants, tuple[Row, ...]]:
     """Capture the model, apply each recipe to a graph of its own, check its promise, count its memory."""
     model, listener = run.model, run.listener
-    listener.begin("Capturing and checking promises", {"": 1 + len(recipes)})
+    listener.begin(CHECKING, {"": 1 + len(recipes)})
     base = capture(model)
     batch, length = MEMORY_SHAPE
     inputs = text_inputs(model, batch, min(length, longest_input(model)))
@@ -83,6 +84,11 @@ def transform(run: Run, recipes: tuple[Recipe, ...]) -> tuple[Variants, tuple[Ro
         graph = own(base)
         name = f"{BASE}+{recipe.name}"
         made[name] = graph
+        if compiled.is_pending(graph):
+            listener.begin(f"Compiling {name}, once, up to a minute", {"": None})
+            compiled.prepare([graph])
+            listener.begin(CHECKING, {"": 1 + len(recipes)})
+            listener.advance("", len(rows))
         rows.append(
             Row(
                 name=name,

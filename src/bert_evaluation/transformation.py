@@ -117,6 +117,7 @@ def promise_of(graph: GraphModule) -> Promise:
 def unchanged_on_error(graph: GraphModule) -> Iterator[None]:
     """Leave the graph exactly as it was if the block raises."""
     nodes, held, meta = copy.deepcopy(graph.graph), graphs.tensors(graph), dict(graph.meta)
+    call = graphs.stand_in(graph)
     try:
         yield
     except BaseException:
@@ -125,6 +126,7 @@ def unchanged_on_error(graph: GraphModule) -> Iterator[None]:
                 graphs.set_tensor(graph, name, tensor)
         graphs.drop(graph, set(graphs.tensors(graph)) - set(held))
         graph.graph, graph.meta = nodes, meta
+        graphs.set_stand_in(graph, call)
         raise
 
 
@@ -139,6 +141,7 @@ class Transformation:
     """
 
     promise: Promise = Approximates()
+    calibrates: bool = False  # whether what it does depends on calibration inputs
 
     def __init_subclass__(cls) -> None:
         """Take `preserves_computation = True`, optimum.fx's way to say it, for a promise."""
@@ -180,6 +183,8 @@ class Transformation:
         Raises TransformationError, with the graph as it was, if the rewritten graph is not sound.
         """
         self._report, self._memos = None, ()
+        if graphs.stand_in(graph_module) is not None:
+            raise TransformationError(f"{self.name} cannot act on a compiled graph; Compile has to be the last step.")
         hash_before, before = graphs.graph_hash(graph_module), copy.deepcopy(graph_module.graph)
         read, shared = graphs.read_names(graph_module), graphs.shared_outputs(graph_module)
         with unchanged_on_error(graph_module):

@@ -9,6 +9,7 @@ from bert_evaluation.transformations.attention import FuseAttention
 from bert_evaluation.transformations.attention_scale import FoldAttentionScale
 from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, FuseBatchNorm2dInConv2d
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
+from bert_evaluation.transformations.compilation import Compile
 from bert_evaluation.transformations.constants import FoldConstants
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
 from bert_evaluation.transformations.masks import HoistMask
@@ -16,6 +17,7 @@ from bert_evaluation.transformations.normalization import FuseSkipLayerNorm
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
 from bert_evaluation.transformations.padding import RemovePadding
 from bert_evaluation.transformations.precision import CastToBFloat16
+from bert_evaluation.transformations.pruning import PruneFeedForward, PruneHeads
 from bert_evaluation.transformations.quantization import QuantizeLinears
 from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
 from bert_evaluation.transformations.tiles import TileAttention, TileLinears
@@ -38,11 +40,14 @@ REGISTRY: tuple[type[Transformation], ...] = (
     FuseResidual,
     PackLinears,
     RemovePadding,
+    PruneHeads,
+    PruneFeedForward,
     CastToBFloat16,
     QuantizeLinears,
     TileLinears,
     TileAttention,
     FuseSkipLayerNorm,
+    Compile,
 )
 
 ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMulByInverse, RemoveDropout)
@@ -61,7 +66,8 @@ PRESETS: Presets = {
 
 def recipes(texts: Iterable[str]) -> tuple[Recipe, ...]:
     """The recipes that texts name (see `parse_recipe`); those of the original script for no text."""
-    return tuple(parse_recipe(text, REGISTRY, PRESETS) for text in texts) or original_recipes()
+    parsed = (parse_recipe(text, REGISTRY, PRESETS) for text in texts)
+    return tuple({recipe.name: recipe for recipe in parsed}.values()) or original_recipes()
 
 
 def original_recipes() -> tuple[Recipe, ...]:
@@ -75,6 +81,7 @@ __all__ = [
     "REGISTRY",
     "CastToBFloat16",
     "ChangeTrueDivToMulByInverse",
+    "Compile",
     "DeepCopy",
     "EliminateCommonSubexpressions",
     "FoldAttentionScale",
@@ -90,6 +97,8 @@ __all__ = [
     "LintAndRecompile",
     "MergeLinears",
     "PackLinears",
+    "PruneFeedForward",
+    "PruneHeads",
     "QuantizeLinears",
     "Recipe",
     "RemoveDropout",
