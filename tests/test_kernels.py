@@ -622,6 +622,7 @@ def test_without_a_compiler_the_same_is_computed(tmp_path):
     said = run(NO_COMPILER, tmp_path / "arguments.pt", tmp_path / "found.pt", **nowhere)
     assert said.startswith("The kernels could not be compiled (")
     assert said.endswith("); they need g++ and ninja.")
+    assert f"there is no {tmp_path / 'nowhere'}" in said
     assert len(said.splitlines()) == 1
     assert torch.equal(torch.load(tmp_path / "found.pt"), PLAIN(*arguments))
 
