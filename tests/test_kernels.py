@@ -297,6 +297,20 @@ def test_zeros_give_the_bias_and_what_is_not_finite_stays_in_its_row(kind, rows,
             assert LINEAR(spoilt, *packed, bias, 40, activation, None, *norm)[rows // 2].isnan().all()
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gelu_is_as_exact_as_what_is_returned(kind, activation):
+    x = torch.cat([torch.linspace(-9, 9, 3601), torch.tensor([-1e30, -1e6, -100.0, 100.0, 1e6, 1e30])])[
+        :, None
+    ].bfloat16()
+    one = stored(torch.ones(1, 1), kind)
+    exact = kernels.ACTIVATIONS[activation](x.double())
+    found = LINEAR(x.float(), *one, None, 1, activation).double()
+    assert bool(((found - exact).abs() <= 4e-7 * x.double().abs()).all())
+    if kind is not torch.float32:
+        found = LINEAR(x, *one, None, 1, activation).double()
+        assert bool(((found - exact).abs() <= 2.0**-8 * exact.abs() + 7e-5 * x.double().abs().clamp_min(1)).all())
+
+
 @settings(deadline=None, max_examples=40)
 @given(rows=st.integers(1, 300), inputs=sizes, outputs=sizes, seed=seeds, data=st.data())
 def test_a_row_does_not_depend_on_those_beside_it(kind, rows, inputs, outputs, seed, data):
@@ -608,6 +622,7 @@ def test_without_a_compiler_the_same_is_computed(tmp_path):
     said = run(NO_COMPILER, tmp_path / "arguments.pt", tmp_path / "found.pt", **nowhere)
     assert said.startswith("The kernels could not be compiled (")
     assert said.endswith("); they need g++ and ninja.")
+    assert f"there is no {tmp_path / 'nowhere'}" in said
     assert len(said.splitlines()) == 1
     assert torch.equal(torch.load(tmp_path / "found.pt"), PLAIN(*arguments))
 

@@ -307,12 +307,13 @@ class Encoder(nn.Module):
             "position bias": torch.where(real, -0.1 * near, -torch.inf),
             "mask of ids": (input_ids != 0)[:, None, None, :],
             "no mask": None,
+            "causal": None,
         }
         split = [linear(x).view(batch, length, 2, 4).transpose(1, 2) for linear in self.qkv]
         if kind == "scaled heads":
             split[0] = split[0] * 2
         a = nn.functional.scaled_dot_product_attention(
-            *split, masks.get(kind, real), is_causal=kind == "no mask", scale=0.5
+            *split, masks.get(kind, real), is_causal=kind == "causal", scale=0.5
         )
         if kind == "heads are read":
             return a.mean(dim=1)
@@ -338,6 +339,7 @@ REFUSALS = {
     "position bias": "is no padding mask: not every token",
     "mask of ids": "is no padding mask: it depends on input_ids too",
     "no mask": "attends to padding too: it has no mask",
+    "causal": "is causal, drops out, or shares keys between heads",
     "scaled heads": ", which is more than a tensor split into heads",
     "heads are read": "is read otherwise than by what joins its heads",
     "attention is an output": "is read otherwise than by what joins its heads",

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -30,11 +31,14 @@ def why_not_built() -> str | None:
             _compile(folder, library)
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError, ImportError) as error:
-        said = str(error).strip().splitlines()
-        return (
-            f"The kernels could not be compiled ({said[0] if said else type(error).__name__}); they need g++ and ninja."
-        )
+        return f"The kernels could not be compiled ({_said(error)}); they need g++ and ninja."
     return None
+
+
+def _said(error: Exception) -> str:
+    """The first line that names an error: in front of it is the compiler's command."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if "error: " in line), lines[0])
 
 
 def _key() -> str:
@@ -49,6 +53,9 @@ def _key() -> str:
 def _compile(folder: Path, library: Path) -> None:
     from torch.utils import cpp_extension  # takes half a second to import
 
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if shutil.which(compiler) is None:
+        raise OSError(f"there is no {compiler}")
     if shutil.which("ninja") is None:  # as when the environment's folder of programs is not on the path
         import ninja
 
