@@ -91,7 +91,7 @@ float softmax(const float* scores, const __mmask16* seen, int64_t padded, float 
   __m512 off = _mm512_set1_ps(sees ? -most : 0), totals[2] = {};
   for (int64_t key = 0; key < padded; key += kTile)
     for (int i = 0; i < 2; i++) {
-      __m512 y = exp2(_mm512_fmadd_ps(_mm512_loadu_ps(scores + key + i * kLanes), factor, off));
+      __m512 y = exp2(_mm512_fmadd_ps(_mm512_loadu_ps(scores + key + i * kLanes), factor, off), kNear);
       y = _mm512_maskz_mov_ps(seen[key / kLanes + i], y);
       totals[i] = _mm512_add_ps(totals[i], y);
       store(to + key + i * kLanes, y, 0xffff);

@@ -31,15 +31,19 @@ inline __m256i to_bfloat16(__m512 x) {
 inline void store(float* to, __m512 x, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, x); }
 inline void store(bfloat16* to, __m512 x, __mmask16 mask) { _mm256_mask_storeu_epi16(to, mask, to_bfloat16(x)); }
 
-// 2^x, to 2e-7 of itself; 0 for minus infinity and all below -126, NaN for NaN.
-inline __m512 exp2(__m512 x) {
+// 2^x, by a polynomial for it between -1/2 and 1/2; 0 for minus infinity and all below -126, NaN for NaN.
+template <size_t terms> inline __m512 exp2(__m512 x, const float (&c)[terms]) {
   x = _mm512_max_ps(_mm512_set1_ps(-150.f), x);  // the second of them if one is NaN
   __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), rest = _mm512_sub_ps(x, whole);
-  constexpr float c[] = {1.f, 0.693147182f, 0.240226462f, 0.0555033982f, 0.00961834099f, 0.00133990263f, 0.000154344974f};
-  __m512 y = _mm512_set1_ps(c[6]);
-  for (int i = 5; i >= 0; i--) y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(c[i]));
+  __m512 y = _mm512_set1_ps(c[terms - 1]);
+  for (int i = (int)terms - 2; i >= 0; i--) y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(c[i]));
   return _mm512_scalef_ps(y, whole);
 }
+
+// To 2e-7 of it; and to 4e-6, for what is rounded to bfloat16 afterwards.
+constexpr float kExact[] = {1.f, 0.693147182f, 0.240226462f, 0.0555033982f, 0.00961834099f, 0.00133990263f, 0.000154344974f};
+constexpr float kNear[] = {1.f, 0.693121016f, 0.240223497f, 0.0559219755f, 0.00966636837f};
+inline __m512 exp2(__m512 x) { return exp2(x, kExact); }
 
 constexpr float kLog2E = 1.44269504f;
 
