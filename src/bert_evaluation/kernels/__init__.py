@@ -5,7 +5,6 @@
 `reference.py` says what they compute. Each has a twin that is always plain PyTorch, for runs in float64.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -33,18 +32,19 @@ INSTRUCTIONS = {
 }
 
 
-NO_AMX = "BERT_EVALUATION_AMX"  # this environment variable, 0, makes the kernels do without it
-
-
 def why_not(kind: torch.dtype, device: torch.device) -> str | None:
     """Why there are no kernels for weights of this type, if so. The first call compiles them, in some seconds."""
     if device.type != "cpu":
         return f"The kernels are for a CPU, and the graph is on {device}."
     name, called = INSTRUCTIONS[kind]
     able = torch.cpu.get_capabilities()
-    if not (able.get("avx512_f") and able.get(name)) or (name == "amx_tile" and os.environ.get(NO_AMX) == "0"):
+    if not (able.get("avx512_f") and able.get(name)):
         return f"This processor has no {called}."
-    return why_not_built()
+    if (reason := why_not_built()) is not None:
+        return reason
+    if kind is torch.float32 and not torch.ops.bert_evaluation.uses_amx():
+        return "The system, or BERT_EVALUATION_AMX=0, keeps this process from AMX, which float32 needs to be faster."
+    return None
 
 
 def prepare(graph: GraphModule) -> GraphModule:
@@ -82,6 +82,7 @@ def _define(name: str, equal: Any, fake: Any) -> tuple[Any, Any]:
 
 
 _LIBRARY = torch.library.Library("bert_evaluation", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("uses_amx() -> bool")  # type: ignore[no-untyped-call]
 LINEAR, _plain_linear = _define("linear", reference.linear, _fake_linear)
 ATTENTION, _plain_attention = _define("attention", reference.attention, _fake_attention)
 PACKED_ATTENTION, _plain_packed_attention = _define("packed_attention", varlen.attention, _fake_attention)

@@ -46,8 +46,7 @@ def _key() -> str:
     sources = [file.read_bytes() for file in sorted((*here.glob("*.h"), *here.glob("*.cpp")))]
     # Virtual machines of different processors may have one name.
     able = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
-    able = sorted(map(str, torch.cpu.get_capabilities().items()))  # virtual machines hide some, under one name
-    about = [torch.__version__, processor(), *able, *able, os.environ.get("CXX", ""), *FLAGS]
+    about = [torch.__version__, processor(), *able, os.environ.get("CXX", ""), *FLAGS]
     return hashlib.sha256(b"\n".join([*sources, *(each.encode() for each in about)])).hexdigest()[:16]
 
 

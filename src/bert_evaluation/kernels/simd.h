@@ -54,7 +54,8 @@ inline __m512 gelu(__m512 x) {
   __m512 near = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-4.5f)), _mm512_set1_ps(4.5f));
   __m512 square = _mm512_mul_ps(near, near), y = _mm512_set1_ps(c[8]);
   for (int i = 7; i >= 0; i--) y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(c[i]));
-  return _mm512_mul_ps(x, _mm512_fmadd_ps(near, y, _mm512_set1_ps(0.5f)));
+  __mmask16 counts = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-4.5f), _CMP_NLT_UQ);  // below, nothing is left; NaN counts
+  return _mm512_maskz_mul_ps(counts, x, _mm512_fmadd_ps(near, y, _mm512_set1_ps(0.5f)));
 }
 
 // The same to 1e-7 of x, for float32: erf by Abramowitz and Stegun's formula 7.1.26.
