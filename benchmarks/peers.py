@@ -36,7 +36,11 @@ BASE = "eager fp32"
 PRECISIONS = ("fp32", "bf16", "int8")
 OURS = (
     "captured=LintAndRecompile",
-    "ours exact=RemoveDropout+FoldConstants+EliminateCommonSubexpressions+MergeLinears",
+    *(
+        f"ours {preset}@{precision}={preset}"
+        for preset, precision in zip(("exact", "bf16", "int8"), PRECISIONS, strict=True)
+    ),
+    "ours int8 compiled@int8=int8+Compile",
 )
 Seconds = Mapping[str, Sequence[float]]
 
