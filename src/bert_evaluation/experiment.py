@@ -33,8 +33,8 @@ def run(
     What each stage brings is kept in the store when it ends, what an evaluation brings after every batch. Raises
     InterruptedRunError for Ctrl-C, which says what is kept.
     """
-    asked = recipes(experiment.recipes) if experiment.transform else ()
     device = choose_device(experiment.device)
+    asked = recipes(experiment.recipes, device) if experiment.transform else ()
     data = _questions(experiment) if experiment.evaluate else None
     model, tokenizer = load(experiment.model, device)
     if experiment.map is not None and max(experiment.map.lengths) > (most := longest_input(model)):

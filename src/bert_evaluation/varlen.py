@@ -5,28 +5,68 @@ order of the batch, so that each sequence is a slice of the row.
 """
 
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+WIDTHS = (16, 32, 64, 128)  # of a head, that our own kernel is written for
 
 
 @torch.library.custom_op("bert_evaluation::unpad", mutates_args=())
 def unpad(x: Tensor, mask: Tensor) -> Tensor:
-    """Pack x (batch, length, width): the tokens where mask (batch, length) is not 0."""
+    """Pack x (batch, length, width): the tokens where mask (batch, length) is not 0. A GPU is waited for: how many?"""
     return x[mask.bool()].unsqueeze(0)
 
 
 @torch.library.custom_op("bert_evaluation::pad", mutates_args=())
 def pad(packed: Tensor, mask: Tensor) -> Tensor:
     """Put packed tokens back to where they were in the batch, with zeros at padding."""
-    padded = packed.new_zeros(*mask.shape, *packed.shape[2:])
-    padded[mask.bool()] = packed[0]
-    return padded
+    real = mask.bool()
+    if packed.shape[1] == 0:
+        return packed.new_zeros(*mask.shape, *packed.shape[2:])
+    # Without asking which tokens are real: a GPU would have to be waited for, once more.
+    places = (real.flatten().cumsum(0) - 1).clamp_min(0).view(mask.shape)
+    return packed[0, places].masked_fill(~real.unsqueeze(-1), 0)
+
+
+@torch.library.custom_op("bert_evaluation::offsets", mutates_args=())
+def offsets(mask: Tensor) -> Tensor:
+    """Where each sequence begins among the packed tokens, and where the last one ends: (batch + 1), int32."""
+    return functional.pad(mask.bool().sum(1).cumsum(0), (1, 0)).int()
+
+
+@torch.library.custom_op("bert_evaluation::varlen_attention", mutates_args=())
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, heads: int, scale: float | None
+) -> Tensor:
+    """Attention of packed tokens to those of their own sequence, none of which is longer than `longest`."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return _by_length(query, key, value, offsets.diff().tolist(), heads, scale)
+    width = query.shape[2] // heads
+    factor = width**-0.5 if scale is None else scale
+    if width in WIDTHS:
+        from bert_evaluation import triton_kernels  # there is Triton only where there is a GPU
+
+        return triton_kernels.attention(query, key, value, offsets, longest, heads, factor)
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].unflatten(1, (heads, width)) for x in (query, key, value))
+    found = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=factor)
+    assert isinstance(found, Tensor)
+    return found.flatten(1).unsqueeze(0)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int, scale: float | None) -> Tensor:
-    """Attention of packed tokens to those of their own sequence. Neighbours of the same length are computed at once."""
-    lengths = mask.bool().sum(dim=1).tolist()
+    """The same in torch's own attention, from a mask (batch, length)."""
+    return _by_length(query, key, value, mask.bool().sum(dim=1).tolist(), heads, scale)
+
+
+def _by_length(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], heads: int, scale: float | None
+) -> Tensor:
+    """Neighbours of the same length are computed at once."""
     results, start = [], 0
     for length, run in groupby(lengths):
         rows = len(list(run))
@@ -36,13 +76,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: in
             x[0, start : start + rows * length].view(rows, length, heads, -1).transpose(1, 2)
             for x in (query, key, value)
         )
-        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        found = functional.scaled_dot_product_attention(q, k, v, scale=scale)
         results.append(found.transpose(1, 2).reshape(1, rows * length, -1))
         start += rows * length
     return torch.cat(results, dim=1) if results else value.new_empty(value.shape)
-
-
-varlen_attention = torch.library.custom_op("bert_evaluation::varlen_attention", attention, mutates_args=())
 
 
 @unpad.register_fake
@@ -56,11 +93,17 @@ def _(packed: Tensor, mask: Tensor) -> Tensor:
     return packed.new_empty(*mask.shape, *packed.shape[2:])
 
 
+@offsets.register_fake
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0] + 1, dtype=torch.int32)
+
+
 @varlen_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int, scale: float | None) -> Tensor:  # noqa: ARG001
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:  # noqa: ARG001
     return value.new_empty(value.shape)
 
 
 UNPAD = torch.ops.bert_evaluation.unpad.default
 PAD = torch.ops.bert_evaluation.pad.default
+OFFSETS = torch.ops.bert_evaluation.offsets.default
 ATTENTION = torch.ops.bert_evaluation.varlen_attention.default

@@ -157,8 +157,8 @@ def test_attention_of_slices_and_of_neighbours_of_one_length():
     query, key, value = torch.randn(5, 3, 24).split(8, dim=-1)
     packed = [varlen.unpad(x, mask) for x in (query, key, value)]
     sliced = varlen.unpad(torch.cat([query, key, value], dim=-1), mask).split(8, dim=-1)
-    found = varlen.varlen_attention(*packed, mask, 2, 0.7)
-    assert torch.equal(varlen.varlen_attention(*sliced, mask, 2, 0.7), found)
+    found = varlen.ATTENTION(*packed, varlen.offsets(mask), 3, 2, 0.7)
+    assert torch.equal(varlen.ATTENTION(*sliced, varlen.offsets(mask), 3, 2, 0.7), found)
     heads = (x.view(5, 3, 2, 4).transpose(1, 2) for x in (query, key, value))
     attended = nn.functional.scaled_dot_product_attention(*heads, mask.bool()[:, None, None, :], scale=0.7)
     assert torch.allclose(found, varlen.unpad(attended.transpose(1, 2).reshape(5, 3, 8), mask), atol=1e-6)

@@ -43,8 +43,8 @@ def verify(
     from bert_evaluation.transformations import recipes
     from bert_evaluation.verification import observe
 
-    chosen = recipes(recipe or ())
     target = choose_device(device)
+    chosen = recipes(recipe or (), target)
     asked = None if probe is None else parse_shape(probe)
     data = load_dataset(dataset) if (questions if asked is None else asked.question) else None
     checkpoint, tokenizer = load(model, target)

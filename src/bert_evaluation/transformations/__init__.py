@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+import torch
+
 from bert_evaluation.recipe import Presets, Recipe, compose, parse_recipe
 from bert_evaluation.transformation import ReversibleTransformation, Transformation
 from bert_evaluation.transformations.arithmetic import ChangeTrueDivToMulByInverse
@@ -11,6 +13,7 @@ from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, F
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
 from bert_evaluation.transformations.compilation import Compile
 from bert_evaluation.transformations.constants import FoldConstants
+from bert_evaluation.transformations.float8 import QuantizeToFloat8
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
 from bert_evaluation.transformations.masks import HoistMask
 from bert_evaluation.transformations.normalization import FuseSkipLayerNorm
@@ -44,6 +47,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     PruneFeedForward,
     CastToBFloat16,
     QuantizeLinears,
+    QuantizeToFloat8,
     TileLinears,
     TileAttention,
     FuseSkipLayerNorm,
@@ -58,7 +62,7 @@ FUSE = (FuseLinearActivation, FuseResidual, FuseSkipLayerNorm, PackLinears)
 
 BFLOAT16 = (CastToBFloat16, TileLinears, TileAttention, *FUSE)
 
-# Named recipes, for `--recipe exact`. What a device has no kernels for is refused there and left as it is, so `fastest`
+# Named recipes, for `--recipe exact`. What a processor has no kernels for is refused there and left as it is, so `fastest`
 # is on integers where there is VNNI, else in bfloat16 where there is that, else in float32; and compiled.
 PRESETS: Presets = {
     "exact": (*CLEAN, TileLinears, *FUSE),
@@ -66,11 +70,23 @@ PRESETS: Presets = {
     "int8": (*CLEAN, QuantizeLinears, *BFLOAT16),
     "fastest": (*CLEAN, QuantizeLinears, *BFLOAT16, Compile),
 }
+# On a GPU a call from Python costs more than most operators, so all of them are compiled.
+PRESETS_ON_CUDA: Presets = {
+    "exact": (*CLEAN, Compile),
+    "bf16": (*CLEAN, CastToBFloat16, RemovePadding, Compile),
+    "fp8": (*CLEAN, CastToBFloat16, RemovePadding, QuantizeToFloat8, Compile),
+    "fastest": (*CLEAN, CastToBFloat16, RemovePadding, QuantizeToFloat8, Compile),
+}
 
 
-def recipes(texts: Iterable[str]) -> tuple[Recipe, ...]:
+def presets(device: str | torch.device = "cpu") -> Presets:
+    """The named recipes for a device."""
+    return PRESETS_ON_CUDA if torch.device(device).type == "cuda" else PRESETS
+
+
+def recipes(texts: Iterable[str], device: str | torch.device = "cpu") -> tuple[Recipe, ...]:
     """The recipes that texts name (see `parse_recipe`); those of the original script for no text."""
-    parsed = (parse_recipe(text, REGISTRY, PRESETS) for text in texts)
+    parsed = (parse_recipe(text, REGISTRY, presets(device)) for text in texts)
     return tuple({recipe.name: recipe for recipe in parsed}.values()) or original_recipes()
 
 
@@ -82,6 +98,7 @@ def original_recipes() -> tuple[Recipe, ...]:
 __all__ = [
     "ORIGINAL",
     "PRESETS",
+    "PRESETS_ON_CUDA",
     "REGISTRY",
     "CastToBFloat16",
     "ChangeTrueDivToMulByInverse",
@@ -104,6 +121,7 @@ __all__ = [
     "PruneFeedForward",
     "PruneHeads",
     "QuantizeLinears",
+    "QuantizeToFloat8",
     "Recipe",
     "RemoveDropout",
     "RemovePadding",
@@ -114,5 +132,6 @@ __all__ = [
     "compose",
     "original_recipes",
     "parse_recipe",
+    "presets",
     "recipes",
 ]

@@ -21,8 +21,9 @@ class RemovePadding(ReversibleTransformation):
     """Tokens of padding are left out of every operator, and each sequence attends to itself.
 
         x = layer_norm(e, ...)                           p = unpad(e, attention_mask)
+        ...                                              o = offsets(attention_mask)
         ...                                              x = layer_norm(p, ...)
-        a = attention(heads(q), ..., mask)   becomes     a = varlen_attention(q, k, v, attention_mask, heads, scale)
+        a = attention(heads(q), ..., mask)   becomes     a = varlen_attention(q, k, v, o, length, heads, scale)
         ...                                              ...
         y = linear(z, W, b)                              y = pad(linear(z, W, b), attention_mask)
 
@@ -51,6 +52,9 @@ class RemovePadding(ReversibleTransformation):
         entry, inside = plan.entry, {*plan.packed, *(node for each in plan.attentions for node in each.inner)}
         with graph.graph.inserting_before(min(entry.users)):
             unpadded = call(varlen.UNPAD, (entry, plan.mask), entry, _flat(entry.meta["val"]))
+            marks = plan.mask.meta["val"]
+            offsets = call(varlen.OFFSETS, (plan.mask,), entry, varlen.OFFSETS(marks))
+            length = call(aten.sym_size.int, (plan.mask, 1), entry, marks.shape[1])
         entry.replace_all_uses_with(unpadded, delete_user_cb=inside.__contains__)
         for node in plan.packed:
             if leaving := {user for user in node.users if user in plan.closing or user.op == "output"}:
@@ -60,7 +64,7 @@ class RemovePadding(ReversibleTransformation):
             node.meta["val"] = _flat(node.meta.get("val"))
         for each in plan.attentions:
             with graph.graph.inserting_before(each.result):
-                arguments = (*(split.args[0] for split in each.splits), plan.mask, each.heads, each.scale)
+                arguments = (*(split.args[0] for split in each.splits), offsets, length, each.heads, each.scale)
                 packed = call(varlen.ATTENTION, arguments, each.node, each.result.meta["val"])
             each.result.replace_all_uses_with(packed)
         drop(graph.graph, {node for each in plan.attentions for node in (*each.inner, each.result)})

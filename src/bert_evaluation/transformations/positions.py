@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from bert_evaluation import graph as graphs
-from bert_evaluation import kernels, onednn
+from bert_evaluation import float8, kernels, onednn
 from bert_evaluation.graph import Node
 
 aten = torch.ops.aten
 Size = int | str
-LINEARS = (aten.linear.default, onednn.POINTWISE, onednn.BINARY, kernels.LINEAR)
+LINEARS = (aten.linear.default, onednn.POINTWISE, onednn.BINARY, kernels.LINEAR, float8.LINEAR)
 PAIRS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 ELEMENTWISE = (
     *(activation.operator for activation in onednn.ACTIVATIONS),
@@ -51,6 +51,7 @@ _POSITION_WISE: dict[Any, Check] = (
     dict.fromkeys((*LINEARS, *PAIRS, *ELEMENTWISE, *COPIES), lambda _: True)
     | _CUTS
     | {
+        float8.ROWS: lambda _: True,
         aten.dropout.default: lambda node: node.args[2] is False,
         aten.layer_norm.default: _lists(1),
         aten.constant_pad_nd.default: _lists(2),
@@ -81,7 +82,7 @@ def why_not_position_wise(node: Node, packed: Collection[Node]) -> str | None:
     if not is_position_wise(node):
         return f"{node.name} ({node.target}) is not known to treat each position by itself."
     if node.target in LINEARS:
-        added = {onednn.BINARY: 1, kernels.LINEAR: 6}.get(node.target)  # the argument that is
+        added = {onednn.BINARY: 1, kernels.LINEAR: 6, float8.LINEAR: 1}.get(node.target)  # the argument that is, too
         tensors = [each for place, each in enumerate(node.args) if place in (0, added) and each is not None]
         more = [each for place, each in enumerate(node.args) if place not in (0, added)]
         if not all(each in packed for each in tensors) or any(each in packed for each in more):

@@ -48,23 +48,13 @@ class QuantizeLinears(ReversibleTransformation):
 
     def why_not(self, site: Site) -> str | None:
         """Refuse what is kept, fused or packed, what others read too, and sums that would overflow."""
-        if reason := next((reason for node in site.nodes if (reason := why_kept(node, self.keep))), None):
+        if (reason := why_not_rounded(site, self.keep)) is not None:
             return reason
-        if fused := next((node for node in site.nodes if node.target is not aten.linear.default), None):
-            return f"{fused.name} is fused or packed; quantise linears before that."
-        weight = weight_and_bias(site.node)[0]
-        if weight.op != "get_attr":
-            return f"{site.node.name} reads {weight.name}, which the graph computes: it is no stored parameter."
-        if reader := next((user for user in readers(weight) if user not in site.nodes), None):
-            return f"{weight.target} is also read by {reader.name}, which would keep the old copy."
-        tensor = tensor_of(weight)
+        tensor = tensor_of(weight_and_bias(site.node)[0])
         if tensor.dtype is not torch.float32:
             return f"The weight is {tensor.dtype}, not float32."
         if tensor.shape[1] > kernels.LONGEST:
             return f"It adds {tensor.shape[1]} products; more than {kernels.LONGEST} may not fit into 32 bits."
-        for source in (node.args[0] for node in site.nodes):
-            if isinstance(source, Node) and (writer := graphs.writer(source)):
-                return f"{writer.name} writes into {source.name} in place."
         reason = kernels.why_not(torch.int8, tensor.device)
         if reason is None or self.anyway:
             return None
@@ -90,3 +80,20 @@ class QuantizeLinears(ReversibleTransformation):
     def undo(self, graph: GraphModule, memo: tuple[str, Tensor]) -> None:
         """Put the weight itself back."""
         graphs.set_tensor(graph, *memo)
+
+
+def why_not_rounded(site: Site, keep: Iterable[str]) -> str | None:
+    """Why the linears of a site cannot read a weight in other numbers, whatever those are, if so."""
+    if reason := next((reason for node in site.nodes if (reason := why_kept(node, keep))), None):
+        return reason
+    if fused := next((node for node in site.nodes if node.target is not aten.linear.default), None):
+        return f"{fused.name} is fused or packed; quantise linears before that."
+    weight = weight_and_bias(site.node)[0]
+    if weight.op != "get_attr":
+        return f"{site.node.name} reads {weight.name}, which the graph computes: it is no stored parameter."
+    if reader := next((user for user in readers(weight) if user not in site.nodes), None):
+        return f"{weight.target} is also read by {reader.name}, which would keep the old copy."
+    for source in (node.args[0] for node in site.nodes):
+        if isinstance(source, Node) and (writer := graphs.writer(source)):
+            return f"{writer.name} writes into {source.name} in place."
+    return None

@@ -142,7 +142,7 @@ class TileAttention(ReversibleTransformation):
         if reason and not self.anyway:
             return reason
         if site.node.target is varlen.ATTENTION:
-            heads, sources = site.node.args[4], site.node.args[:3]
+            heads, sources = site.node.args[5], site.node.args[:3]
         else:
             try:
                 found = heads_at(site.node)
@@ -163,7 +163,9 @@ class TileAttention(ReversibleTransformation):
         """Put the operator where the heads were joined."""
         node = site.node
         if node.target is varlen.ATTENTION:
-            *arguments, heads, scale = node.args
+            *arguments, offsets, _, heads, scale = node.args
+            assert isinstance(offsets, Node)
+            arguments.append(offsets.args[0])  # the mask that they were made of
             result, target, old = node, kernels.PACKED_ATTENTION, {node}
         else:
             found = heads_at(node)

@@ -1,0 +1,107 @@
+"""Kernels in Triton, for what neither torch's operators nor TorchInductor do well on an NVIDIA GPU.
+
+Imported only where Triton is and where it is needed. What they compute is written in plain PyTorch where they are called
+(`varlen.py`, `float8.py`), which tests hold them against, on a CPU through Triton's interpreter.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST: tl.constexpr = tl.constexpr(448.0)  # of float8 e4m3
+TINY: tl.constexpr = tl.constexpr(1e-12)  # the least that the largest number of a row counts as
+LOG2_E = 1.4426950408889634
+# Queries and keys that a program computes at a time. Sequences of some hundred tokens leave less unused of small tiles.
+QUERIES, KEYS, WARPS, STAGES = 64, 64, 4, 3
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, heads: int, scale: float) -> Tensor:
+    """Attention of packed sequences, tensors (1, tokens, heads * width) in float16 or bfloat16, width a power of 2.
+
+    Sequence i is the tokens from offsets[i] up to offsets[i + 1] (int32), none longer than `longest`. As in
+    FlashAttention (Dao et al., 2022, arXiv:2205.14135) no score leaves the chip.
+    """
+    width = query.shape[2] // heads
+    result = torch.empty_like(value, memory_format=torch.contiguous_format)
+    grid = (triton.cdiv(longest, QUERIES), len(offsets) - 1, heads)
+    _attention[grid](
+        query, key, value, result, offsets,
+        query.stride(1), key.stride(1), value.stride(1), result.stride(1),
+        scale * LOG2_E, width, QUERIES, KEYS, num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return result
+
+
+@triton.jit
+def _attention(
+    query, key, value, result, offsets,
+    query_stride, key_stride, value_stride, result_stride,
+    scale, width: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    first = tl.load(offsets + tl.program_id(1))
+    length = tl.load(offsets + tl.program_id(1) + 1) - first
+    begin = tl.program_id(0) * queries
+    if begin < length:
+        origin = first.to(tl.int64)  # what follows counts within the sequence, in 32 bits
+        columns = tl.program_id(2) * width + tl.arange(0, width)
+        rows = begin + tl.arange(0, queries)
+        places = tl.arange(0, keys)
+        q = tl.load(
+            query + origin * query_stride + rows[:, None] * query_stride + columns[None, :],
+            rows[:, None] < length, other=0.0,
+        )  # fmt: skip
+        key_rows = key + origin * key_stride + places[:, None] * key_stride + columns[None, :]
+        value_rows = value + origin * value_stride + places[:, None] * value_stride + columns[None, :]
+        largest = tl.full((queries,), float("-inf"), tl.float32)
+        total = tl.zeros((queries,), tl.float32)
+        found = tl.zeros((queries, width), tl.float32)
+        for start in range(0, length, keys):
+            inside = start + places < length
+            k = tl.load(key_rows + start * key_stride, inside[:, None], other=0.0)
+            scores = tl.where(inside[None, :], tl.dot(q, k.T) * scale, float("-inf"))
+            higher = tl.maximum(largest, tl.max(scores, 1))
+            weights = tl.exp2(scores - higher[:, None])
+            fading = tl.exp2(largest - higher)
+            v = tl.load(value_rows + start * value_stride, inside[:, None], other=0.0)
+            found = tl.dot(weights.to(v.dtype), v, found * fading[:, None])
+            total = total * fading + tl.sum(weights, 1)
+            largest = higher
+        place = result + origin * result_stride + rows[:, None] * result_stride + columns[None, :]
+        tl.store(place, (found / total[:, None]).to(result.dtype.element_ty), rows[:, None] < length)
+
+
+def gelu_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of gelu(x), x (..., width), in float8 with a scale of its own: (..., width) and float32 (..., 1).
+
+    TorchInductor goes through rows that long twice, and computes the error function both times.
+    """
+    width = x.shape[-1]
+    x = x.contiguous()
+    rounded = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    if scales.numel():
+        _gelu_rows[(scales.numel(),)](x, rounded, scales, width, triton.next_power_of_2(width), num_warps=8)
+    return rounded, scales
+
+
+@triton.jit
+def _gelu_rows(x, rounded, scales, width, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, block)
+    inside = columns < width
+    number = tl.load(x + row * width + columns, inside, other=0.0).to(tl.float32)
+    found = number * _normal(number)
+    scale = tl.maximum(tl.max(tl.abs(found), 0), TINY) / LARGEST
+    tl.store(rounded + row * width + columns, (found / scale).to(tl.float8e4nv), inside)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def _normal(x):
+    """The normal distribution's Φ(x) within 1e-7, by 7.1.26 of Abramowitz and Stegun (1964), from one exponential."""
+    size = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * size)
+    series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
+    tail = 0.5 * series * tl.exp(-size * size)
+    return tl.where(x > 0, 1.0 - tail, tail)
