@@ -11,40 +11,72 @@ from torch import Tensor
 
 LARGEST: tl.constexpr = tl.constexpr(448.0)  # of float8 e4m3
 TINY: tl.constexpr = tl.constexpr(1e-12)  # the least that the largest number of a row counts as
+LOWEST: tl.constexpr = tl.constexpr(-1e30)  # below all scores
 LOG2_E = 1.4426950408889634
 # Queries and keys that a program computes at a time. Sequences of some hundred tokens leave less unused of small tiles.
 QUERIES, KEYS, WARPS, STAGES = 64, 64, 4, 3
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, heads: int, scale: float) -> Tensor:
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, heads: int, scale: float
+) -> Tensor:
     """Attention of packed sequences, tensors (1, tokens, heads * width) in float16 or bfloat16, width a power of 2.
 
-    Sequence i is the tokens from offsets[i] up to offsets[i + 1] (int32), none longer than `longest`. As in
-    FlashAttention (Dao et al., 2022, arXiv:2205.14135) no score leaves the chip.
+    Sequence i is the tokens from offsets[i] up to offsets[i + 1] (int32), none longer than `longest`.
     """
-    width = query.shape[2] // heads
+    return _launch(query, key, value, heads, scale, longest, len(offsets) - 1, offsets, None)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int, scale: float) -> Tensor:
+    """Attention of tensors (batch, length, heads * width); the boolean mask spreads to (batch, heads, length, length).
+
+    A query that sees nothing gets zeros.
+    """
+    batch, length = query.shape[:2]
+    if mask is not None:
+        mask = mask.expand(batch, heads, length, length)
+    return _launch(query, key, value, heads, scale, length, batch, None, mask)
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, scale: float, longest: int, sequences: int,
+    offsets: Tensor | None, mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    # Sequences follow each other: all rows are as far apart as those of one.
+    query, key, value = (each if _is_even(each) else each.contiguous() for each in (query, key, value))
     result = torch.empty_like(value, memory_format=torch.contiguous_format)
-    grid = (triton.cdiv(longest, QUERIES), len(offsets) - 1, heads)
-    _attention[grid](
-        query, key, value, result, offsets,
+    if not result.numel():
+        return result
+    _attention[triton.cdiv(longest, QUERIES), sequences, heads](
+        query, key, value, result, offsets, mask,
         query.stride(1), key.stride(1), value.stride(1), result.stride(1),
-        scale * LOG2_E, width, QUERIES, KEYS, num_warps=WARPS, num_stages=STAGES,
+        *((0, 0, 0, 0) if mask is None else mask.stride()),
+        longest, scale * LOG2_E, query.shape[2] // heads, QUERIES, KEYS, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return result
 
 
+def _is_even(x: Tensor) -> bool:
+    return x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+
+
 @triton.jit
 def _attention(
-    query, key, value, result, offsets,
+    query, key, value, result, offsets, mask,
     query_stride, key_stride, value_stride, result_stride,
-    scale, width: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
+    mask_sequence, mask_head, mask_query, mask_key,
+    length, scale, width: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
-    first = tl.load(offsets + tl.program_id(1))
-    length = tl.load(offsets + tl.program_id(1) + 1) - first
+    """As in FlashAttention (Dao et al., 2022, arXiv:2205.14135) no score leaves the chip."""
+    sequence, head = tl.program_id(1), tl.program_id(2)
+    first = sequence * length
+    if offsets is not None:
+        first = tl.load(offsets + sequence)
+        length = tl.load(offsets + sequence + 1) - first
     begin = tl.program_id(0) * queries
     if begin < length:
         origin = first.to(tl.int64)  # what follows counts within the sequence, in 32 bits
-        columns = tl.program_id(2) * width + tl.arange(0, width)
+        columns = head * width + tl.arange(0, width)
         rows = begin + tl.arange(0, queries)
         places = tl.arange(0, keys)
         q = tl.load(
@@ -59,14 +91,23 @@ def _attention(
         for start in range(0, length, keys):
             inside = start + places < length
             k = tl.load(key_rows + start * key_stride, inside[:, None], other=0.0)
-            scores = tl.where(inside[None, :], tl.dot(q, k.T) * scale, float("-inf"))
+            seen = inside[None, :]
+            if mask is not None:
+                marks = mask + sequence.to(tl.int64) * mask_sequence + head.to(tl.int64) * mask_head
+                marks += rows[:, None] * mask_query + (start + places)[None, :] * mask_key
+                seen = seen & tl.load(marks, seen & (rows[:, None] < length), other=0).to(tl.int1)
+            scores = tl.where(seen, tl.dot(q, k.T) * scale, float("-inf"))
             higher = tl.maximum(largest, tl.max(scores, 1))
+            if mask is not None:
+                higher = tl.maximum(higher, LOWEST)  # where nothing was seen yet
             weights = tl.exp2(scores - higher[:, None])
             fading = tl.exp2(largest - higher)
             v = tl.load(value_rows + start * value_stride, inside[:, None], other=0.0)
             found = tl.dot(weights.to(v.dtype), v, found * fading[:, None])
             total = total * fading + tl.sum(weights, 1)
             largest = higher
+        if mask is not None:
+            total = tl.where(total == 0.0, 1.0, total)
         place = result + origin * result_stride + rows[:, None] * result_stride + columns[None, :]
         tl.store(place, (found / total[:, None]).to(result.dtype.element_ty), rows[:, None] < length)
 

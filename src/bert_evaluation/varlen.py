@@ -49,7 +49,7 @@ def varlen_attention(
     if width in WIDTHS:
         from bert_evaluation import triton_kernels  # there is Triton only where there is a GPU
 
-        return triton_kernels.attention(query, key, value, offsets, longest, heads, factor)
+        return triton_kernels.packed_attention(query, key, value, offsets, longest, heads, factor)
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].unflatten(1, (heads, width)) for x in (query, key, value))

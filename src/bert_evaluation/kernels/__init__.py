@@ -1,10 +1,12 @@
 """Operators of our own for CPUs with AVX-512 or AMX, in C++; elsewhere their equals in plain PyTorch.
 
 `LINEAR` is a linear layer with what follows it (activation, residual, LayerNorm), on bfloat16, int8 or float32;
-`ATTENTION` that of sequences to themselves, in bfloat16; `PACKED_ATTENTION` the same of sequences without padding.
+`ATTENTION` that of sequences to themselves, in bfloat16, and on an NVIDIA GPU, there in Triton, in float16 too;
+`PACKED_ATTENTION` the same of sequences without padding, on a CPU.
 `reference.py` says what they compute. Each has a twin that is always plain PyTorch, for runs in float64.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -47,6 +49,18 @@ def why_not(kind: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
+def why_no_attention(kind: torch.dtype, width: int, device: torch.device) -> str | None:
+    """Why there is no kernel for attention in this type with heads of this width, if so."""
+    on_cuda = device.type == "cuda"
+    if kind is not torch.bfloat16 and not (on_cuda and kind is torch.float16):
+        return f"It computes in {kind}; the kernels are for bfloat16{' and float16' if on_cuda else ''}."
+    if not on_cuda:
+        return "A head's width is odd." if width % 2 else why_not(torch.bfloat16, device)
+    if width not in varlen.WIDTHS:
+        return f"Its heads are {width} wide; the kernel is for widths of {', '.join(map(str, varlen.WIDTHS))}."
+    return "triton, which the kernel is written in, is not installed." if find_spec("triton") is None else None
+
+
 def prepare(graph: GraphModule) -> GraphModule:
     """Load the kernels that a graph calls, such as one that was read from a file, if this machine can have them."""
     if any(node.target in TWINS for node in graph.graph.nodes):
@@ -71,6 +85,16 @@ def _fake_attention(query: Tensor, *_: Any, **__: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
+def _attention_on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int, scale: float
+) -> Tensor:
+    if why_no_attention(query.dtype, query.shape[2] // heads, query.device) is not None:
+        return reference.attention(query, key, value, mask, heads, scale)
+    from bert_evaluation import triton_kernels
+
+    return triton_kernels.attention(query, key, value, mask, heads, scale)
+
+
 def _define(name: str, equal: Any, fake: Any) -> tuple[Any, Any]:
     """An operator, computed by `equal` where no kernel is loaded, and its twin."""
     for each in (name, f"{name}_in_plain_pytorch"):
@@ -86,6 +110,7 @@ _LIBRARY.define("uses_amx() -> bool")  # type: ignore[no-untyped-call]
 LINEAR, _plain_linear = _define("linear", reference.linear, _fake_linear)
 ATTENTION, _plain_attention = _define("attention", reference.attention, _fake_attention)
 PACKED_ATTENTION, _plain_packed_attention = _define("packed_attention", varlen.attention, _fake_attention)
+_LIBRARY.impl("attention", _attention_on_cuda, "CUDA")  # type: ignore[no-untyped-call]
 TWINS = {LINEAR: _plain_linear, ATTENTION: _plain_attention, PACKED_ATTENTION: _plain_packed_attention}
 
 __all__ = [
@@ -99,5 +124,6 @@ __all__ = [
     "prepare",
     "quantize",
     "unpack",
+    "why_no_attention",
     "why_not",
 ]

@@ -115,13 +115,14 @@ class _Packed:
 
 
 class TileAttention(ReversibleTransformation):
-    """Attention in bfloat16 becomes the operator of our own kernels, which reads and writes what heads are parts of.
+    """Attention in 16 bits becomes the operator of our own kernels, which reads and writes what heads are parts of.
 
         q, k, v = (transpose(view(x, heads)) for x in (q', k', v'))
         a = scaled_dot_product_attention(q, k, v, mask)       becomes      y = bert_evaluation.attention(
         y = reshape(transpose(a))                                              q', k', v', mask, heads, scale)
 
-    So is that of sequences without padding (`RemovePadding`). The mask stays as it is, of any shape, but boolean.
+    So is that of sequences without padding (`RemovePadding`), which on a GPU has a kernel anyway. The mask stays as it
+    is, of any shape, but boolean. In bfloat16; on a GPU also in float16.
     """
 
     promise = Reassociates()
@@ -134,14 +135,11 @@ class TileAttention(ReversibleTransformation):
         return [Site(node) for node in graph.graph.nodes if node.target in (SDPA, varlen.ATTENTION)]
 
     def why_not(self, site: Site) -> str | None:
-        """Refuse what is not bfloat16, masks of numbers, queries of other sequences, and a machine without kernels."""
+        """Refuse other types, masks of numbers, queries of other sequences, and a machine without kernels."""
         value = site.node.meta["val"]
-        if value.dtype is not torch.bfloat16:
-            return f"It computes in {value.dtype}; the kernels are for bfloat16."
-        reason = kernels.why_not(torch.bfloat16, value.device)
-        if reason and not self.anyway:
-            return reason
         if site.node.target is varlen.ATTENTION:
+            if value.is_cuda:
+                return "On a GPU attention of packed sequences has a kernel already."
             heads, sources = site.node.args[5], site.node.args[:3]
         else:
             try:
@@ -157,7 +155,10 @@ class TileAttention(ReversibleTransformation):
         assert isinstance(heads, int)
         assert isinstance(sources[0], Node)
         width = shape(sources[0])[2]
-        return None if isinstance(width, int) and width % (2 * heads) == 0 else "A head's width is odd."
+        if not isinstance(width, int):
+            return "The width of a head is not known."
+        reason = kernels.why_no_attention(value.dtype, width // heads, value.device)
+        return None if self.anyway and value.dtype is torch.bfloat16 and not width // heads % 2 else reason
 
     def rewrite(self, graph: GraphModule, site: Site) -> None:
         """Put the operator where the heads were joined."""
