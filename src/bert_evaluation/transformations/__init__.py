@@ -16,7 +16,7 @@ from bert_evaluation.transformations.masks import HoistMask
 from bert_evaluation.transformations.normalization import FuseSkipLayerNorm
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
 from bert_evaluation.transformations.padding import RemovePadding
-from bert_evaluation.transformations.precision import CastToBFloat16
+from bert_evaluation.transformations.precision import CastToBFloat16, CastToFloat16
 from bert_evaluation.transformations.pruning import PruneFeedForward, PruneHeads
 from bert_evaluation.transformations.quantization import QuantizeLinears
 from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
@@ -43,6 +43,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     PruneHeads,
     PruneFeedForward,
     CastToBFloat16,
+    CastToFloat16,
     QuantizeLinears,
     TileLinears,
     TileAttention,
@@ -84,6 +85,7 @@ __all__ = [
     "PRESETS",
     "REGISTRY",
     "CastToBFloat16",
+    "CastToFloat16",
     "ChangeTrueDivToMulByInverse",
     "Compile",
     "DeepCopy",
