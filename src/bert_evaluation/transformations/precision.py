@@ -186,11 +186,12 @@ class CastToFloat16(Cast):
                                                             z  = to(linear(y', V', c'), float32)
 
     All is as in `CastToBFloat16`, `keep` too. float16 has three more bits for each number, and is as fast on a GPU; but
-    what is beyond 65504 becomes infinite, and soon NaN. That may be what a linear reads or returns, and the sums of a
-    residual that no LayerNorm bounds from layer to layer, as in ModernBERT; "layer.5" in `keep` leaves the layer that
-    does it in float32. Scores of attention and what masks them are no danger: those are float32 inside of the operator,
-    these boolean. An infinity that the model has not breaks the promise, so `verify` says if there was one. What is
-    below 6e-8 becomes 0. A CPU would be slower: it is refused unless `anyway`, to measure what the answers lose.
+    what is beyond 65504 becomes infinite, and soon NaN. That may happen to what a linear reads or returns, to a product
+    in a gated feed-forward, and to a residual that grows from layer to layer, as ModernBERT's; "layers.5" in `keep`
+    leaves the layer that does it in float32. Scores of attention and what masks them are no danger: those are float32
+    inside of the operator, these boolean. What is not finite where the model is breaks the promise, so `verify` says
+    so. What is below 3e-8 becomes 0. A CPU would be slower: it is refused unless `anyway`, to measure what the answers
+    lose.
     """
 
     low = torch.float16
