@@ -178,3 +178,19 @@ def test_shapes_and_what_is_not_finite_are_compared():
     graph = capture(module, {"input": torch.randn(2, 3)})
     x = torch.tensor([[float("nan"), float("inf"), -1.0]])
     assert verify(module, graph, [Probe("odd", {"input": x})]).max_abs_error == 0
+
+
+def test_a_model_in_float16():
+    """Differences count in units of the last place even where their number is none of float16's."""
+    module = nn.Linear(3, 3).half()
+    graph = capture(module, {"input": torch.randn(2, 3).half()})
+    found = verify(module, graph)
+    assert (found.verdict, found.max_abs_error, found.max_ulp) == ("kept", 0, 0)
+    reference = observe(graph, default_probes(module, graph))
+    assert all(leaf.dtype is torch.float64 for leaves in reference.exact for leaf in leaves)
+    assert all(1e-4 < allowed < 0.1 for allowed in reference.tolerances)
+    for name in ("weight", "bias"):
+        graphs.set_tensor(graph, name, nn.Parameter(100 * getattr(module, name).detach()))
+    found = verify(module, graph)
+    assert not found.kept
+    assert torch.finfo(torch.float16).max < found.max_ulp < float("inf")

@@ -286,7 +286,7 @@ def output_tensors(output: Any) -> list[Tensor]:
 
 
 def in_double(graph: GraphModule) -> GraphModule:
-    """A copy of the graph that computes in float64 what the graph computes in float32 or bfloat16."""
+    """A copy of the graph that computes in float64 what the graph computes in any type of float."""
     twin = copy.deepcopy(graph).double()
     set_stand_in(twin, None)
     for node in list(twin.graph.nodes):
@@ -303,4 +303,4 @@ def _doubled(value: Any) -> Any:
         return type(value)(_doubled(item) for item in value)
     if isinstance(value, dict):
         return {key: _doubled(item) for key, item in value.items()}
-    return torch.float64 if value in (torch.float32, torch.bfloat16) else value
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value

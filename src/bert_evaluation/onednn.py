@@ -66,7 +66,7 @@ def why_not(weight: Tensor) -> str | None:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return "This processor computes nothing in bfloat16 (it has no AVX-512)."
     elif weight.dtype is not torch.float32:
-        return f"oneDNN's linear is for float32 and bfloat16, and the weight is {weight.dtype}."
+        return f"oneDNN's linear is for float32 and bfloat16, not for {weight.dtype}."
     return None
 
 

@@ -245,7 +245,7 @@ def _ulp(expected: Sequence[Tensor], got: Sequence[Tensor], marks: Tensor | None
         if one.is_floating_point() and one.shape == other.shape and one.numel():
             size = one.abs()
             unit = torch.nextafter(size, torch.full_like(size, torch.inf)) - size
-            steps = ((one - other).abs() / unit)[one.isfinite() & other.isfinite()]
+            steps = ((one.double() - other).abs() / unit)[one.isfinite() & other.isfinite()]
             worst = max(worst, float(steps.max()) if steps.numel() else 0.0)
     return worst
 

@@ -357,7 +357,7 @@ at::Tensor linear(const at::Tensor& given, const at::Tensor& weight, const std::
   return result;
 }
 
-// What this processor has no instructions for is computed in plain PyTorch.
+// What this processor has no instructions for is computed in plain PyTorch, and so is x in float16.
 at::Tensor linear_or_equal(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales,
                            const std::optional<at::Tensor>& bias, c10::SymInt outputs, c10::string_view activation,
                            const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& norm_weight,
@@ -367,7 +367,7 @@ at::Tensor linear_or_equal(const at::Tensor& x, const at::Tensor& weight, const 
 #else
   const bool able = weight.scalar_type() == at::kChar;
 #endif
-  if (able)
+  if (able && x.scalar_type() != at::kHalf)
     return linear(x, weight, scales, bias, outputs.expect_int(), activation, residual, norm_weight, norm_bias, eps);
   static const auto equal = c10::Dispatcher::singleton()
                                 .findSchemaOrThrow("bert_evaluation::linear_in_plain_pytorch", "")

@@ -57,7 +57,7 @@ def linear(
     norm_bias: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """`layer_norm(activation(x @ weight.T + bias) + residual)`, x (..., inputs) in float32 or bfloat16, in its type.
+    """`layer_norm(activation(x @ weight.T + bias) + residual)`, in the type of x (..., inputs): float32 or lower.
 
     With `scales`, one for each output, the weight is int8 and each row of x is rounded to 127 steps of its own; else
     x is rounded to the weight's type, bfloat16 or float32. Sums, bias, activation and LayerNorm (left out without

@@ -19,7 +19,7 @@ from bert_evaluation.transformations.masks import HoistMask
 from bert_evaluation.transformations.normalization import FuseSkipLayerNorm
 from bert_evaluation.transformations.packing import FuseLinearActivation, FuseResidual, PackLinears
 from bert_evaluation.transformations.padding import RemovePadding
-from bert_evaluation.transformations.precision import CastToBFloat16
+from bert_evaluation.transformations.precision import CastToBFloat16, CastToFloat16
 from bert_evaluation.transformations.pruning import PruneFeedForward, PruneHeads
 from bert_evaluation.transformations.quantization import QuantizeLinears
 from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
@@ -46,6 +46,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     PruneHeads,
     PruneFeedForward,
     CastToBFloat16,
+    CastToFloat16,
     QuantizeLinears,
     QuantizeToFloat8,
     TileLinears,
@@ -101,6 +102,7 @@ __all__ = [
     "PRESETS_ON_CUDA",
     "REGISTRY",
     "CastToBFloat16",
+    "CastToFloat16",
     "ChangeTrueDivToMulByInverse",
     "Compile",
     "DeepCopy",

@@ -19,8 +19,8 @@ class Compile(ReversibleTransformation):
     A call alone goes to the compiled code, which the first one makes, in up to a minute, once for all sizes of inputs.
     So it is the last step: others raise TransformationError behind it. What is saved is the graph before it.
 
-    The promise holds in bfloat16 too: Inductor keeps float32 between the operators that it fuses, so it rounds less
-    often, and a result is allowed to be as far from float64 as the graph's own. Outputs have no gradients.
+    The promise holds in bfloat16 and float16 too: Inductor keeps float32 between the operators that it fuses, so it
+    rounds less often, and a result is allowed to be as far from float64 as the graph's own. Outputs have no gradients.
     """
 
     promise = Reassociates()

@@ -9,6 +9,7 @@ from bert_evaluation import graph as graphs
 from bert_evaluation import kernels
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Approximates, ReversibleTransformation, Site
+from bert_evaluation.transformations.keep_list import why_kept, words
 from bert_evaluation.transformations.linear import (
     free_name,
     readers,
@@ -17,7 +18,6 @@ from bert_evaluation.transformations.linear import (
     tensor_of,
     weight_and_bias,
 )
-from bert_evaluation.transformations.precision import why_kept, words
 
 aten = torch.ops.aten
 
@@ -30,10 +30,10 @@ class QuantizeLinears(ReversibleTransformation):
     Symmetric, with a scale for each output of a weight and one for each token, found as the token comes: so nothing is
     calibrated, and no text's answer depends on those beside it. Sums are 32 bits wide, results as x. What follows can
     go into the operator: `FuseLinearActivation`, `FuseResidual`, `FuseSkipLayerNorm`; and `CastToBFloat16` lets it read
-    and return bfloat16. The int8 weight takes the place of the other. `keep` lists what stays as it is: words in the
-    paths of layers, and "logits" for the linears that make the outputs. A processor without VNNI, whose sums of int8
-    products overflow, or one for which nothing can be compiled, is refused unless `anyway`: then in plain PyTorch,
-    slowly, to measure what the answers lose. A site is one weight, wherever applied.
+    and return bfloat16, `CastToFloat16` float16. The int8 weight takes the place of the other. `keep` lists what stays
+    as it is: words in the paths of layers, and "logits" for the linears that make the outputs. A processor without
+    VNNI, whose sums of int8 products overflow, or one for which nothing can be compiled, is refused unless `anyway`:
+    then in plain PyTorch, slowly, to measure what the answers lose. A site is one weight, wherever applied.
     """
 
     promise = Approximates()
