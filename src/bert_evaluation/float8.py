@@ -1,7 +1,7 @@
 """Matrix products in float8 (e4m3: 3 bits behind the point, 448 at most) with a scale for each row of either matrix.
 
 An NVIDIA GPU multiplies such numbers twice as fast as bfloat16 (Micikevicius et al., 2022, arXiv:2209.05433). `ROWS`
-rounds what a linear reads, `LINEAR` multiplies it. Elsewhere, and in float64, both are plain PyTorch: the same rounding.
+rounds what a linear reads, `LINEAR` multiplies it. Elsewhere, and in float64, both are plain PyTorch that rounds alike.
 """
 
 import torch
@@ -48,8 +48,8 @@ def linear(
     Sums are float32 (float64 in float64). scales (..., 1) and weight_scales (outputs, 1).
     """
     if x.is_cuda and dtype is torch.bfloat16:
-        by_rows = functional.ScalingType.RowWise  # type: ignore[attr-defined]
-        found: Tensor = functional.scaled_mm(  # type: ignore[attr-defined]
+        by_rows = functional.ScalingType.RowWise
+        found: Tensor = functional.scaled_mm(
             x.flatten(0, -2).contiguous(),
             weight.t(),
             scales.flatten(0, -2).contiguous(),
@@ -60,7 +60,7 @@ def linear(
             output_dtype=dtype,
             use_fast_accum=True,
         )
-        return found.unflatten(0, x.shape[:-1])
+        return found.view(*x.shape[:-1], -1)
     wide = scales.dtype
     y = functional.linear(x.to(wide), weight.to(wide)) * (scales * weight_scales.to(wide).squeeze(-1))
     return (y if bias is None else y + bias).to(dtype)
@@ -76,9 +76,7 @@ def _fake_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FLOAT8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def _fake_linear(
-    x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype  # noqa: ARG001
-) -> Tensor:
+def _fake_linear(x: Tensor, _: Tensor, weight: Tensor, __: Tensor, ___: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 

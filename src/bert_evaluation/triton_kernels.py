@@ -1,7 +1,7 @@
 """Kernels in Triton, for what neither torch's operators nor TorchInductor do well on an NVIDIA GPU.
 
-Imported only where Triton is and where it is needed. What they compute is written in plain PyTorch where they are called
-(`varlen.py`, `float8.py`), which tests hold them against, on a CPU through Triton's interpreter.
+Imported only where Triton is and where it is needed. What they compute is written in plain PyTorch where they are
+called from (`varlen.py`, `kernels/reference.py`, `float8.py`), which tests hold them against.
 """
 
 import torch

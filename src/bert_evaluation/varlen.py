@@ -52,7 +52,7 @@ def varlen_attention(
         return triton_kernels.packed_attention(query, key, value, offsets, longest, heads, factor)
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x[0].unflatten(1, (heads, width)) for x in (query, key, value))
+    q, k, v = (x[0].view(-1, heads, width) for x in (query, key, value))
     found = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=factor)
     assert isinstance(found, Tensor)
     return found.flatten(1).unsqueeze(0)

@@ -17,7 +17,7 @@ def transformations() -> None:
         undo = "reversible" if issubclass(kind, ReversibleTransformation) else "not reversible"
         kinds.append((kind.__name__, kind.promise.kind, undo, first))
     on_cuda = {f"{name} on cuda": steps for name, steps in PRESETS_ON_CUDA.items()}
-    for name, steps in (PRESETS | on_cuda).items():
+    for name, steps in (*PRESETS.items(), *on_cuda.items()):
         promise = weakest(kind.promise for kind in steps).kind
         kinds.append((name, promise, "recipe", "+".join(kind.__name__ for kind in steps)))
     lines = (f"{name} ({promise}, {undo}): {first}" for name, promise, undo, first in kinds)

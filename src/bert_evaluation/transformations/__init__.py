@@ -63,7 +63,7 @@ FUSE = (FuseLinearActivation, FuseResidual, FuseSkipLayerNorm, PackLinears)
 
 BFLOAT16 = (CastToBFloat16, TileLinears, TileAttention, *FUSE)
 
-# Named recipes, for `--recipe exact`. What a processor has no kernels for is refused there and left as it is, so `fastest`
+# Named recipes, for `--recipe exact`. What a processor has no kernels for is refused there and left as it is: `fastest`
 # is on integers where there is VNNI, else in bfloat16 where there is that, else in float32; and compiled.
 PRESETS: Presets = {
     "exact": (*CLEAN, TileLinears, *FUSE),
@@ -75,6 +75,7 @@ PRESETS: Presets = {
 PRESETS_ON_CUDA: Presets = {
     "exact": (*CLEAN, Compile),
     "bf16": (*CLEAN, CastToBFloat16, RemovePadding, Compile),
+    "fp16": (*CLEAN, CastToFloat16, RemovePadding, Compile),
     "fp8": (*CLEAN, CastToBFloat16, RemovePadding, QuantizeToFloat8, Compile),
     "fastest": (*CLEAN, CastToBFloat16, RemovePadding, QuantizeToFloat8, Compile),
 }

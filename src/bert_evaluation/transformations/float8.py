@@ -12,8 +12,8 @@ from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Approximates, ReversibleTransformation, Site
 from bert_evaluation.transformations.activations import activation_at
 from bert_evaluation.transformations.heads import call
+from bert_evaluation.transformations.keep_list import words
 from bert_evaluation.transformations.linear import free_name, sites_by_weight, stem, tensor_of, weight_and_bias
-from bert_evaluation.transformations.precision import words
 from bert_evaluation.transformations.quantization import why_not_rounded
 
 
@@ -95,8 +95,8 @@ def _rows(x: Node, linear: Node) -> tuple[Node, Node]:
             rows = call(float8.ROWS, arguments, linear, float8.ROWS(value, activation))
             for place in range(2):
                 call(operator.getitem, (rows, place), linear, rows.meta["val"][place])
-    numbers, steps = sorted(rows.users, key=lambda user: user.args[1])
-    return numbers, steps
+    parts = {user.args[1]: user for user in rows.users}
+    return parts[0], parts[1]
 
 
 def _is_read_by(nodes: tuple[Node, ...], linear: Node) -> bool:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from bert_evaluation import graph as graphs
 from bert_evaluation import float8, kernels, onednn
+from bert_evaluation import graph as graphs
 from bert_evaluation.graph import Node
 
 aten = torch.ops.aten
