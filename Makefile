@@ -1,8 +1,10 @@
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
+LOWEST = .venv-lowest/bin
+LOWEST_READY = .venv-lowest/.ready
 
-.PHONY: setup demo test test-quick lint families clean
+.PHONY: setup demo test test-quick test-lowest lint families clean
 
 setup: $(READY)
 
@@ -12,17 +14,26 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
 	touch $(READY)
 
+$(LOWEST_READY): pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	$(LOWEST)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt --editable '.[test]'
+	touch $(LOWEST_READY)
+
 demo: setup
 	$(BIN)/python bert-evaluation.py --infer --evaluate --transform
 
 # A process on each core, with one thread of torch each: twice as fast as one process with all threads.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+PYTEST = -m pytest --numprocesses auto --dist loadfile
 
 test: setup
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-quick: setup
-	$(PYTEST) -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m 'not slow'
+
+# The lowest versions that pyproject.toml allows, but for torch's.
+test-lowest: $(LOWEST_READY)
+	OMP_NUM_THREADS=1 $(LOWEST)/python $(PYTEST) -m 'not slow'
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -33,4 +44,4 @@ families: setup
 	$(BIN)/python -W ignore tests/family_table.py > docs/families.md
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .pytest_cache .mypy_cache .ruff_cache

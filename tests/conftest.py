@@ -1,9 +1,12 @@
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub
 os.environ["BERT_EVALUATION_STORE"] = ":memory:"  # nor keep anything among the results of who runs it
+os.environ["BERT_EVALUATION_DEVICE"] = "cpu"  # nor does any depend on a GPU that happens to be there
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # processes that tests start find what this one does
 
 import pytest
 import torch

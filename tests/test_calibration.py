@@ -160,6 +160,7 @@ def test_who_scores_what_was_calibrated_on_is_told(small, tmp_path, dataset, tol
         evaluate=True,
         transform=True,
         model=str(small),
+        device="cpu",
         dataset=dataset,
         samples=20 if told else 1,
         recipes=("PruneHeads(budget=0.5)", "MergeLinears"),

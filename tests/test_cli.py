@@ -121,6 +121,8 @@ def test_transform_alone_times_nothing(folder):
 
 def test_ones_own_question_through_the_console_script(folder):
     script = Path(sys.executable).with_name("bert-evaluation")
+    if not script.is_file():
+        pytest.skip("the package is not installed beside this Python, so there is no console script")
     options = ("--infer", "--model", folder, "--question", "Who?", "--context", "Ann.", "--rounds", 2)
     result = run_apart(*options, program=(str(script),))
     assert result.returncode == 0, result.stderr
@@ -194,6 +196,13 @@ def test_bad_requests(options, code, parts):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there():
     says(run("--infer", "--device", "cuda"), 1, "no device cuda", "it has cpu")
+
+
+def test_the_device_may_be_said_by_the_environment(monkeypatch):
+    monkeypatch.setenv("BERT_EVALUATION_DEVICE", "cpuu")
+    for command in ((), ("verify",), ("map", "--recipe", "RemoveDropout"), ("doctor",)):
+        says(run(*command, *(() if command else ("--infer",))), 2, "no kind of device 'cpuu'")
+    says(run("verify", "--device", "gpu"), 2, "no kind of device 'gpu'")
 
 
 def test_an_unknown_option_is_named():

@@ -95,8 +95,7 @@ def test_the_same_in_another_process(bert_graph):
     code += "; print(listing(capture(tiny('bert'))), end='')"
     environment = os.environ | {"PYTHONHASHSEED": "7", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    place = Path(__file__).parent
-    done = subprocess.run(command, capture_output=True, check=True, env=environment, cwd=place, encoding="utf-8")
+    done = subprocess.run(command, capture_output=True, check=True, env=environment, encoding="utf-8")
     assert done.stdout == listing(bert_graph)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher  # no public name for how torch.export finds shapes
 from torch.utils import _pytree as pytree  # no public name for what export and transformers register outputs with
 
 GraphModule = fx.GraphModule
@@ -242,7 +243,10 @@ def _hash_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def propagate(node: Node) -> None:
-    """Give a new node the fake value (`meta["val"]`: shape, type, device) that its operator makes of its inputs'."""
+    """Give a new node the fake value (`meta["val"]`: shape, type, device) that its operator makes of its inputs'.
+
+    Dynamic sizes stay dynamic.
+    """
     if node.op == "get_attr":
         graph = node.graph.owning_module
         tensor = get_tensor(graph, str(node.target)) if graph is not None else None
@@ -251,7 +255,10 @@ def propagate(node: Node) -> None:
             node.meta["val"] = near.new_empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     elif callable(node.target) and all("val" in source.meta for source in node.all_input_nodes):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-        node.meta["val"] = node.target(*args, **kwargs)
+        # As torch.export runs operators: by itself an operator made of others (a linear without a bias, a pad) may ask
+        # for its sizes as numbers, which fixes dynamic ones or, in torch 2.11, raises.
+        with enable_python_dispatcher():
+            node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _root(node: Node) -> Node:

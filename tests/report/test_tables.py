@@ -233,8 +233,7 @@ def program(*arguments):
 
 def environment(**variables):
     kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
-    paths = os.pathsep.join(path for path in sys.path if path)
-    return kept | {"PYTHONPATH": paths, "TERM": "xterm-256color"} | variables
+    return kept | {"TERM": "xterm-256color"} | variables
 
 
 def on_terminal(*arguments, width=80, **variables):

@@ -7,11 +7,11 @@ import typer
 
 from bert_evaluation.cli.console import show
 from bert_evaluation.cli.files import require_folders, write_json
-from bert_evaluation.cli.root import StoreOption
+from bert_evaluation.cli.root import DeviceOption, StoreOption
 
 
 def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto is the best one present")] = "auto",
+    device: DeviceOption = "auto",
     model: Annotated[
         str | None,
         typer.Option(help="tell what share this checkpoint's Base reaches: built-in, a folder, or a hub name"),

@@ -9,7 +9,7 @@ import typer
 
 from bert_evaluation.cli.files import require_folders, write_json
 from bert_evaluation.cli.progress import shown
-from bert_evaluation.cli.root import StoreOption
+from bert_evaluation.cli.root import DeviceOption, StoreOption
 from bert_evaluation.errors import UsageError
 
 
@@ -19,7 +19,7 @@ def regime(
     batches: Annotated[str, typer.Option(help="batch sizes")] = "1,8",
     lengths: Annotated[str, typer.Option(help="tokens of each sequence")] = "32,128,384",
     threads: Annotated[str | None, typer.Option(help="threads [default: 1 and as many as torch uses]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto is the best one present")] = "auto",
+    device: DeviceOption = "auto",
     precision: Annotated[float, typer.Option(help="time each shape until ratios are known within this")] = 0.01,
     time_limit: Annotated[float, typer.Option(help="or for so many seconds")] = 20.0,
     rounds: Annotated[int | None, typer.Option(help="time exactly so many rounds instead")] = None,

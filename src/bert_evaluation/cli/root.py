@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from bert_evaluation.store import Store
 
 ACTIONS = "--infer answers a question, --evaluate scores a data set, --transform tries transformations"
+DeviceOption = Annotated[
+    str,
+    typer.Option(envvar="BERT_EVALUATION_DEVICE", help="auto, cpu, cuda, cuda:N or mps; auto is the best one present"),
+]
 StoreOption = Annotated[
     Path | None,
     typer.Option(envvar="BERT_EVALUATION_STORE", help="keep results in this file; :memory: for nowhere"),
@@ -25,7 +29,7 @@ StoreOption = Annotated[
 
 def root(
     context: typer.Context,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto is the best one present")] = "auto",
+    device: DeviceOption = "auto",
     infer: Annotated[bool, typer.Option("--infer", help="answer a question")] = False,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="score the model on a data set")] = False,
     transform: Annotated[bool, typer.Option("--transform", help="do so for transformed models too")] = False,

@@ -10,6 +10,7 @@ import typer
 
 from bert_evaluation.cli.console import show
 from bert_evaluation.cli.files import require_folders, write_json
+from bert_evaluation.cli.root import DeviceOption
 from bert_evaluation.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def verify(
     questions: Annotated[int, typer.Option(help="so many of its questions are probes too")] = 4,
     seed: Annotated[int, typer.Option(help="seed of the other probes' ids")] = 0,
     probe: Annotated[str | None, typer.Option(help='only this one, e.g. "batch 1, length 2"')] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto is the best one present")] = "auto",
+    device: DeviceOption = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the result to this file")] = None,
 ) -> None:
     """Check the promise of each step on probes; for a broken one name the smallest probe, the site, and a command."""

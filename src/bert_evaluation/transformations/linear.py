@@ -13,6 +13,8 @@ from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
 
 aten = torch.ops.aten
+PAD = aten.constant_pad_nd.default
+ONE_MORE = ([0, 1], 1.0)  # a one at the end of every row
 
 
 def weight_and_bias(linear: Node) -> tuple[Node, Node | None]:
@@ -258,7 +260,7 @@ class FuseBiasInLinear(ReversibleTransformation):
             source = linear.args[0]
             assert isinstance(source, Node)
             with graph.graph.inserting_before(linear):
-                padded = _padded(source, linear) or _pad(graph, source)
+                padded = _padded(source, linear) or graph.graph.call_function(PAD, (source, *ONE_MORE))
                 stored = graph.graph.get_attr(name)
                 fused_linear = graph.graph.call_function(aten.linear.default, (padded, stored))
             linear.replace_all_uses_with(fused_linear)
@@ -277,15 +279,7 @@ class FuseBiasInLinear(ReversibleTransformation):
 def _padded(source: Node, reader: Node) -> Node | None:
     """The tensor with ones appended, if an earlier site made it already and nothing was written since."""
     for user in source.users:
-        same = user.target is aten.constant_pad_nd.default and user.args == (source, [0, 1], 1.0)
+        same = user.target is PAD and user.args == (source, *ONE_MORE)
         if same and user < reader and not written_between(user, reader):
             return user
     return None
-
-
-def _pad(graph: GraphModule, source: Node) -> Node:
-    """The tensor with ones appended. Its shape is said here: asking the operator would make dynamic sizes fixed."""
-    padded = graph.graph.call_function(aten.constant_pad_nd.default, (source, [0, 1], 1.0))
-    if isinstance(value := source.meta.get("val"), Tensor):
-        padded.meta["val"] = value.new_empty((*value.shape[:-1], value.shape[-1] + 1))
-    return padded
