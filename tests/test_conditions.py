@@ -1,4 +1,5 @@
 import math
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -7,6 +8,7 @@ from machines import LAPTOP, LATER, QUIET, V1, V2, tree
 
 from bert_evaluation import conditions, linux
 from bert_evaluation.conditions import published, remarks, snapshot
+from bert_evaluation.device import occupy
 from bert_evaluation.outcome import Experiment, Outcome, as_json, dump, load
 from bert_evaluation.store import Entry
 
@@ -119,17 +121,58 @@ def test_a_nominal_clock_is_not_taken_for_a_measured_one(tmp_path, monkeypatch, 
     assert (found.clock_ghz, found.clock_max_ghz) == (clock, most / 1000 or None)
 
 
-def test_the_driver_of_a_gpu_may_tell_nothing(monkeypatch):
-    def missing(*_):
-        raise ModuleNotFoundError("pynvml")
+def missing(*_):
+    raise ModuleNotFoundError("pynvml")
 
-    monkeypatch.setattr(torch.cuda, "clock_rate", missing)
-    assert snapshot(torch.device("cuda")).device_clock_mhz is None
-    monkeypatch.setattr(torch.cuda, "clock_rate", lambda _: 1980)
-    monkeypatch.setattr(torch.cuda, "temperature", lambda _: 40)
-    monkeypatch.setattr(torch.cuda, "power_draw", lambda _: 71_000)
+
+def of_device(monkeypatch, **answers):
+    """What a snapshot of a GPU tells whose driver answers so."""
+    monkeypatch.setattr(conditions, "occupy", lambda device: None)
+    for name in ("clock_rate", "temperature", "power_draw"):
+        monkeypatch.setattr(torch.cuda, name, answers.get(name, missing))
     found = snapshot(torch.device("cuda"))
-    assert (found.device_clock_mhz, found.device_temperature_c, found.device_power_w) == (1980, 40, 71)
+    return found.device_clock_mhz, found.device_temperature_c, found.device_power_w
+
+
+def test_what_the_driver_of_a_gpu_tells(monkeypatch):
+    answers = {"clock_rate": lambda _: 1980, "temperature": lambda _: 40, "power_draw": lambda _: 71_000}
+    assert of_device(monkeypatch, **answers) == (1980, 40, 71)
+
+
+def test_the_driver_of_a_gpu_may_tell_less_or_nothing(monkeypatch):
+    def not_supported(_):
+        raise type("NVMLError_NotSupported", (Exception,), {})
+
+    assert of_device(monkeypatch) == (None, None, None)
+    assert of_device(monkeypatch, clock_rate=lambda _: 1980, temperature=not_supported) == (1980, None, None)
+
+
+def test_a_gpu_is_at_work_when_it_is_asked(monkeypatch):
+    told = []
+    monkeypatch.setattr(conditions, "occupy", lambda device: told.append("at work"))
+    for name in ("clock_rate", "temperature", "power_draw"):
+        monkeypatch.setattr(torch.cuda, name, lambda _, name=name: told.append(name))
+    snapshot(torch.device("cuda"))
+    assert told[0] == "at work"
+    assert sorted(told[1:]) == ["clock_rate", "power_draw", "temperature"]
+    told.clear()
+    snapshot(CPU)
+    assert told == []
+
+
+def test_a_gpu_without_memory_left_is_asked_as_it_is(monkeypatch):
+    def full(device):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(conditions, "occupy", full)
+    monkeypatch.setattr(torch.cuda, "clock_rate", lambda _: 345)
+    assert snapshot(torch.device("cuda")).device_clock_mhz == 345
+
+
+def test_occupying_a_device_lasts_as_long_as_it_is_asked_for():
+    start = time.perf_counter()
+    occupy(CPU, 0.05)
+    assert time.perf_counter() - start >= 0.05
 
 
 def test_of_a_quiet_session_there_is_nothing_to_say():
@@ -153,6 +196,13 @@ def test_what_disturbed_is_told(changes, remark):
 def test_a_device_that_slowed_down_is_told():
     before, after = replace(QUIET, device_clock_mhz=1980), replace(LATER, device_clock_mhz=1500)
     assert remarks(before, after) == ["The device's clock fell from 1980 to 1500 MHz while timing."]
+    assert remarks(after, before) == remarks(before, replace(before, seconds=110.0, device_clock_mhz=1950)) == []
+
+
+def test_a_hot_device_is_told():
+    before, after = (replace(each, device_temperature_c=hot) for each, hot in ((QUIET, 40), (LATER, 87)))
+    assert remarks(before, after) == ["The device is 87 °C hot after timing: it may lower its clock."]
+    assert remarks(after, replace(LATER, seconds=120.0, device_temperature_c=84)) == []
 
 
 @pytest.mark.parametrize("changes", [{"clock_ghz": 3.5}, {"clock_ghz": 3.38}, {"busy": 1041.0}, {"steal": 3.1}])
@@ -177,6 +227,13 @@ def test_published_values():
     assert (content["clock_ghz_before"], content["clock_ghz_after"], content["governor"]) == (3.4, 3.4, "performance")
     assert published(QUIET, replace(LATER, energy_j=10.0))["power_w"] is None  # the counter started again
     assert all(value is None or isinstance(value, (int, float, str)) for value in content.values())
+
+
+def test_the_device_is_published_before_and_after():
+    told = {"device_clock_mhz": 1980, "device_temperature_c": 40, "device_power_w": 71.5}
+    content = published(replace(QUIET, **told), replace(LATER, **told | {"device_temperature_c": 61}))
+    assert (content["device_temperature_c_before"], content["device_temperature_c_after"]) == (40, 61)
+    assert (content["device_clock_mhz_after"], content["device_power_w_before"]) == (1980, 71.5)
 
 
 def test_conditions_are_stored_with_the_outcome_and_old_outcomes_have_none():

@@ -1,4 +1,5 @@
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 
 from bert_evaluation import measure
-from bert_evaluation.device import choose_device, machine
+from bert_evaluation.device import choose_device, is_idle, is_on, machine
 from bert_evaluation.errors import BertEvaluationError, UsageError
 from bert_evaluation.measurement import LEAST, Measurement, Plan, sample
 
@@ -142,6 +143,30 @@ def test_devices():
     with pytest.raises(BertEvaluationError, match="no device cuda:99"):
         choose_device("cuda:99")
     assert {"processor", "threads", "torch", "device"} <= machine(torch.device("cpu")).keys()
+
+
+def test_where_outputs_are_by_the_number_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    one, other, cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda:0", "cuda:1", "cpu"))
+    assert is_on(one, torch.device("cuda:0"))
+    assert not is_on(other, torch.device("cuda:0"))
+    assert is_on(other, torch.device("cuda"))  # the current one
+    assert not is_on(one, torch.device("cuda"))
+    assert is_on(cpu, torch.device("cpu"))
+    assert not is_on(cpu, torch.device("cuda"))
+    assert not is_on(one, torch.device("cpu"))
+    assert is_on(SimpleNamespace(device=torch.device("mps:0")), torch.device("mps"))
+
+
+@pytest.mark.parametrize("at_work", ["current_stream", "default_stream"])
+def test_a_device_is_idle_when_both_streams_are_that_have_a_name(monkeypatch, at_work):
+    for stream in ("current_stream", "default_stream"):
+        monkeypatch.setattr(
+            torch.cuda, stream, lambda _, stream=stream: SimpleNamespace(query=lambda: stream != at_work)
+        )
+    assert not is_idle(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, at_work, lambda _: SimpleNamespace(query=lambda: True))
+    assert is_idle(torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("cuda", "mps", "best"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])

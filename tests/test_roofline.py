@@ -4,9 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import flop_registry
 
 from bert_evaluation import capture, database, roofline
 from bert_evaluation.capturing import text_inputs
+from bert_evaluation.products import Way
 from bert_evaluation.roofline import Bandwidth, Peak, Roofline, flops, known, reached, share
 from bert_evaluation.stats import Interval
 from bert_evaluation.store import Store
@@ -53,6 +55,15 @@ def test_attention_is_counted_in_every_family(family):
     assert three - two > two - one
 
 
+def test_every_kernel_of_attention_is_counted():
+    """Whichever of torch's an inference ends up with, by device, types and shapes."""
+    aten, for_none = torch.ops.aten, ("overrideable",)  # for back ends outside of torch
+    kernels = [name for name in dir(aten) if name.startswith("_scaled_dot_product") and "backward" not in name]
+    kernels = [getattr(aten, name) for name in kernels if not name.endswith(for_none)]
+    assert len(kernels) >= 5
+    assert set(kernels) <= {*roofline.FORMULAS, *flop_registry}
+
+
 def test_share_of_a_peak():
     assert share(5e9, 0.1, peak("fp32", 100)) == pytest.approx(0.5)
 
@@ -85,7 +96,7 @@ def test_a_way_that_torch_does_not_have_here_is_left_out(quick):
     def refuses(x, weight):
         raise RuntimeError("bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and avx512dq")
 
-    assert roofline._peak("bf16", "packed", refuses, CPU, SMALL) is None
+    assert roofline._peak(Way("bf16", "packed", refuses), CPU, SMALL) is None
 
 
 @pytest.mark.parametrize(("way", "safe"), [("exact", True), ("saturates", False)])
@@ -95,23 +106,19 @@ def test_sums_that_overflow_are_seen_in_the_result(quick, way, safe):
         pairs = torch.zeros(1, 1, 1) if exact is None else exact
         return lambda: (pairs if way == "exact" else pairs.clamp(max=32767)).sum(1)
 
-    found = roofline._peak("int8", way, make, CPU, SMALL[1:])
+    found = roofline._peak(Way("int8", way, make), CPU, SMALL[1:])
     assert found.is_safe == safe
 
 
-def test_the_operators_multiply(monkeypatch):
-    """Each way computes the product that it is timed for."""
-    x, weight = torch.randint(0, 4, (8, 32)).float(), torch.randint(-4, 4, (16, 32)).float()
-    computed = 0
-    for _, way, make in roofline.ways(CPU):
-        try:
-            result = make(x, weight)()
-        except RuntimeError:
-            continue
-        computed += 1
-        step = 255 * 127 * 32 / 255 if way.startswith("quantized") else 1.0  # the largest error of rounding to 8 bits
-        assert (result.dequantize().float() - x @ weight.T).abs().max() <= step, way
-    assert computed >= 2
+def test_shapes_fit_the_device_and_its_memory():
+    cuda = roofline._shapes(torch.device("cuda"))
+    assert min(roofline._work(shape) for shape in cuda) > max(roofline._work(shape) for shape in roofline._shapes(CPU))
+    assert roofline._fitting(cuda, 140 << 30) == list(cuda)
+    assert roofline._fitting(cuda, 0) == [cuda[0]]
+    less = roofline._fitting(cuda, 8 << 30)
+    assert set(less) < set(cuda)
+    largest = max(tokens * inputs + inputs * outputs + tokens * outputs for tokens, inputs, outputs in less)
+    assert 4 * 4 * largest <= 2 << 30  # two at a time, each twice
 
 
 def test_it_is_measured_once_and_kept(tmp_path, monkeypatch):

@@ -10,11 +10,13 @@ from typing import Any
 import psutil
 import torch
 
-from bert_evaluation import conditions, linux
+from bert_evaluation import conditions, kernels, linux
 from bert_evaluation.conditions import told
 from bert_evaluation.device import KINDS, cpp_compiler, is_present, machine
+from bert_evaluation.products import PRECISIONS
 
 NOT_TOLD = "not told by this system"
+OWN = (torch.float32, torch.bfloat16, torch.int8)  # what kernels of our own multiply
 # The field's names of instruction sets, and torch's.
 INSTRUCTIONS = {
     "AVX2": ("avx2",),
@@ -58,6 +60,7 @@ def facts(device: torch.device, root: Path = linux.ROOT) -> Iterator[Fact]:
     yield Fact("transformers", about["transformers"])
     compiler = cpp_compiler()
     yield Fact("Compiler", f"{compiler}, {'there' if shutil.which(compiler) else 'missing'} for torch.compile")
+    yield Fact("Kernels", own_kernels(device))
 
 
 def instructions(capabilities: Mapping[str, Any]) -> str | None:
@@ -66,6 +69,19 @@ def instructions(capabilities: Mapping[str, Any]) -> str | None:
     there = [name for name, keys in known.items() if any(capabilities.get(key) for key in keys)]
     missing = [name for name in known if name not in there]
     return ", ".join(there) + (f"; not {', '.join(missing)}" if missing else "") if known else None
+
+
+def own_kernels(device: torch.device) -> str:
+    """In which precisions there are kernels of our own for a device, and why there are none in others."""
+    reasons = {PRECISIONS[kind]: kernels.why_not(kind, device) for kind in OWN}
+    there = [precision for precision, reason in reasons.items() if reason is None]
+    missing = dict[str, list[str]]()
+    for precision, reason in reasons.items():
+        if reason is not None:
+            missing.setdefault(reason.removesuffix("."), []).append(precision)
+    if not there and len(missing) == 1:
+        return f"none: {next(iter(missing))}"
+    return "; ".join([", ".join(there) or "none", *(f"not {', '.join(of)}: {why}" for why, of in missing.items())])
 
 
 def libraries(built: str | None = None) -> str:

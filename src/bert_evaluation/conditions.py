@@ -10,10 +10,12 @@ import psutil
 import torch
 
 from bert_evaluation import linux
+from bert_evaluation.device import occupy
 
 SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "cpu-thermal")  # names of those within processors
 FELL = 0.03  # the share of its clock that a processor has to lose to be told of
 OTHERS, STEAL, HELD_BACK = 0.05, 0.01, 0.01  # the shares of the time from which on they are told of
+HOT = 85.0  # °C from where on GPUs lower their clock, or are about to
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Conditions:
 
     `busy` are the seconds that all processes had of the `cpus` that this one may use, `own` those of this process,
     `steal` those that a virtual machine's host gave to others, `held_back` those lost to a CPU quota. The clock is that
-    of the fastest CPU.
+    of the fastest CPU. Clock, temperature and power of a device are those at work.
     """
 
     seconds: float
@@ -109,10 +111,22 @@ def remarks(before: Conditions, after: Conditions) -> list[str]:
         found.append(f"The host gave {share:.0%} of the cores' time to other virtual machines while timing.")
     if (lost := _gained(before.held_back, after.held_back) or 0.0) >= HELD_BACK * seconds and lost:
         found.append(f"The container's CPU quota held it back for {lost:.1f} s while timing.")
-    if _fell(before.device_clock_mhz, after.device_clock_mhz):
+    if slowed_down(before, after):
         clocks = f"{before.device_clock_mhz:.0f} to {after.device_clock_mhz:.0f} MHz"
         found.append(f"The device's clock fell from {clocks} while timing.")
+    if is_hot(after):
+        found.append(f"The device is {after.device_temperature_c:.0f} °C hot after timing: it may lower its clock.")
     return found
+
+
+def slowed_down(before: Conditions, after: Conditions) -> bool:
+    """Whether the device's clock fell by what is worth telling of."""
+    return _fell(before.device_clock_mhz, after.device_clock_mhz)
+
+
+def is_hot(now: Conditions) -> bool:
+    """Whether the device is too hot for its clock to last."""
+    return now.device_temperature_c is not None and now.device_temperature_c >= HOT
 
 
 def published(before: Conditions, after: Conditions) -> dict[str, Any]:
@@ -153,18 +167,25 @@ def _clock(root: Path) -> tuple[float | None, float | None]:
     return (current or None) if is_measured else None, most or None
 
 
-def _device(device: torch.device) -> dict[str, float]:
-    """Clock, temperature and power of a CUDA device, where the driver's library tells."""
+def of_driver(call: Callable[[], float]) -> float | None:
+    """What the driver's library tells of a GPU; None where the library is missing, or has an error of its own."""
+    try:
+        return call()
+    except Exception:  # noqa: BLE001  the library's errors are no class of torch's
+        return None
+
+
+def _device(device: torch.device) -> dict[str, float | None]:
+    """Clock, temperature and power of a CUDA device at work, as far as the driver tells."""
     if device.type != "cuda":
         return {}
-    try:
-        return {
-            "device_clock_mhz": torch.cuda.clock_rate(device),
-            "device_temperature_c": torch.cuda.temperature(device),
-            "device_power_w": torch.cuda.power_draw(device) / 1000,
-        }
-    except Exception:  # noqa: BLE001  the driver's library is missing, or has errors of its own
-        return {}
+    told(lambda: occupy(device))
+    power = of_driver(lambda: torch.cuda.power_draw(device))
+    return {
+        "device_clock_mhz": of_driver(lambda: torch.cuda.clock_rate(device)),
+        "device_temperature_c": of_driver(lambda: torch.cuda.temperature(device)),
+        "device_power_w": None if power is None else power / 1000,
+    }
 
 
 def _available(before: Conditions, after: Conditions) -> float:

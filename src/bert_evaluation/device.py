@@ -5,6 +5,7 @@ import difflib
 import os
 import platform
 import sys
+import time
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
@@ -55,8 +56,30 @@ def synchronize(device: torch.device) -> None:
 
 
 def is_idle(device: torch.device) -> bool:
-    """Whether the device has done all that it was given. Only CUDA can be asked; of the others it is believed."""
-    return device.type != "cuda" or bool(torch.cuda.current_stream(device).query())
+    """Whether the device has done all that it was given on the current stream and the default one.
+
+    Other streams have no names to ask for; `synchronize` waits for all of this process. Only CUDA can be asked: other
+    devices are believed.
+    """
+    if device.type != "cuda":
+        return True
+    return all(stream(device).query() for stream in (torch.cuda.current_stream, torch.cuda.default_stream))
+
+
+def is_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether a tensor is on a device, which of several GPUs is the current one if it has no number."""
+    if device.type != "cuda" or tensor.device.type != "cuda":
+        return tensor.device.type == device.type
+    return tensor.device.index == (torch.cuda.current_device() if device.index is None else device.index)
+
+
+def occupy(device: torch.device, seconds: float = 0.1) -> None:
+    """Let a CUDA device work for so long, and a little longer than this call takes: idle, it lowers its clock."""
+    x, start = torch.ones(2048, 2048, device=device), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        synchronize(device)
+        for _ in range(16):  # at least a few milliseconds of work, on the fastest GPUs
+            torch.mm(x, x)
 
 
 def give_back_memory() -> None:

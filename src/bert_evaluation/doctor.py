@@ -19,6 +19,7 @@ from bert_evaluation.roofline import Reached, Roofline
 Verdict = Literal["ok", "disturbs", "unknown"]
 LOOK = 1.0  # seconds for which the machine is watched
 BUSY_LOAD, BUSY_PROCESS = 0.5, 0.1  # cores kept busy, by all in the last minute and by one process
+CONTEXT = 1 << 30  # bytes that CUDA takes at most of a GPU's memory for a process without tensors
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,17 @@ class Finding:
     found: str | None
     verdict: Verdict
     advice: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The percent of the time for which a GPU was busy though this process was not, and bytes taken beside its tensors.
+
+    Those are other processes' tensors, and a context of CUDA's for each process.
+    """
+
+    busy: float | None
+    taken: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ class Reading:
     swap_used: int | None = None
     paged: int | None = None
     allocator: str | None = None
+    gpu: Gpu | None = None
 
 
 @dataclass(frozen=True)
@@ -65,13 +78,11 @@ class Examination:
 
 def read(device: torch.device, root: Path = linux.ROOT, look: float = LOOK) -> Reading:
     """Look at the machine for a while. `root` is where /proc and /sys are looked for."""
-    seconds, swap, before = _process_seconds(), told(lambda: psutil.swap_memory()), conditions.snapshot(device, root)
+    before, swap, seconds = conditions.snapshot(device, root), told(lambda: psutil.swap_memory()), _process_seconds()
     time.sleep(look)
-    after, swapped, seconds_after = (
-        conditions.snapshot(device, root),
-        told(lambda: psutil.swap_memory()),
-        _process_seconds(),
-    )
+    # The device first: a snapshot lets it work.
+    gpu, seconds_after, swapped = _gpu(device), _process_seconds(), told(lambda: psutil.swap_memory())
+    after = conditions.snapshot(device, root)
     spent = {who: (now - seconds[who]) / look for who, now in seconds_after.items() if who in seconds}
     busiest = sorted(((name, share) for (_, name), share in spent.items()), key=lambda each: -each[1])
     cpus, flags = conditions.usable_cpus(), linux.cpu_flags(root)
@@ -87,12 +98,13 @@ def read(device: torch.device, root: Path = linux.ROOT, look: float = LOOK) -> R
         swap_used=swapped.used if swapped else None,
         paged=swapped.sin + swapped.sout - swap.sin - swap.sout if swap and swapped else None,
         allocator=linux.allocator(root),
+        gpu=gpu,
     )
 
 
 def findings(reading: Reading) -> tuple[Finding, ...]:
     """What disturbs measurements, what does not, and what is not known."""
-    return tuple(judge(reading) for judge in JUDGES)
+    return tuple(judge(reading) for judge in (*JUDGES, *(GPU_JUDGES if reading.gpu else ())))
 
 
 def _load(reading: Reading) -> Finding:
@@ -214,6 +226,32 @@ def _malloc(reading: Reading) -> Finding:
     )
 
 
+def _gpu_state(reading: Reading) -> Finding:
+    before, now = reading.before, reading.after
+    parts = {"MHz": now.device_clock_mhz, "°C": now.device_temperature_c, "W": now.device_power_w}
+    told = ", ".join(f"{value:.0f} {unit}" for unit, value in parts.items() if value is not None)
+    advice = "Let it cool, and hold its clock (`sudo nvidia-smi --lock-gpu-clocks`) at one that it can keep."
+    return Finding(
+        "GPU",
+        f"{told} at work" if told else None,
+        _verdict(told or None, conditions.is_hot(now) or conditions.slowed_down(before, now)),
+        advice if told else "Install nvidia-ml-py, which asks the driver.",
+    )
+
+
+def _gpu_others(reading: Reading) -> Finding:
+    gpu = reading.gpu
+    assert gpu is not None
+    disturbs = (gpu.busy or 0) >= 100 * conditions.OTHERS or gpu.taken > CONTEXT
+    busy = "busy or not is not told" if gpu.busy is None else f"busy {gpu.busy:.0f} % of the time"
+    return Finding(
+        "Others on the GPU",
+        f"{busy}, {size(gpu.taken)} taken beside this process's tensors",
+        "disturbs" if disturbs else _verdict(gpu.busy, False),
+        "End what else uses it (`nvidia-smi` lists that): kernels of several processes take turns.",
+    )
+
+
 JUDGES: tuple[Callable[[Reading], Finding], ...] = (
     _load,
     _others,
@@ -227,12 +265,21 @@ JUDGES: tuple[Callable[[Reading], Finding], ...] = (
     _swap,
     _malloc,
 )
+GPU_JUDGES: tuple[Callable[[Reading], Finding], ...] = (_gpu_state, _gpu_others)
 
 
 def _verdict(seen: object, disturbs: bool) -> Verdict:
     if seen is None:
         return "unknown"
     return "disturbs" if disturbs else "ok"
+
+
+def _gpu(device: torch.device) -> Gpu | None:
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    busy = conditions.of_driver(lambda: torch.cuda.utilization(device))
+    return Gpu(busy, total - free - torch.cuda.memory_reserved(device))
 
 
 def _process_seconds() -> dict[tuple[int, str], float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_evaluation import compiled
-from bert_evaluation.device import is_idle, synchronize
+from bert_evaluation.device import is_idle, is_on, synchronize
 from bert_evaluation.errors import BertEvaluationError, UsageError
 from bert_evaluation.graph import output_tensors
 from bert_evaluation.stats import Interval, Ratio, beyond_noise, drift, median, outliers, speedup
@@ -127,7 +127,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     if not is_idle(device):
         raise BertEvaluationError(f"{device} was still at work when the clock was read; end what else uses it.")
     for tensor in output_tensors(result):
-        if tensor.device.type != device.type:
+        if not is_on(tensor, device):
             raise BertEvaluationError(
                 f"Outputs are on {tensor.device} and inputs on {device}, which alone is waited for; put both on one."
             )

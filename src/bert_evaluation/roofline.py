@@ -6,40 +6,49 @@ The name is that of Williams, Waterman and Patterson (2009). All comes from torc
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from bert_evaluation import conditions, linux, onednn
+from bert_evaluation import conditions, linux
 from bert_evaluation.capturing import capture, longest_input, text_inputs
 from bert_evaluation.device import machine
 from bert_evaluation.graph import GraphModule
 from bert_evaluation.measurement import timed
+from bert_evaluation.products import Call, Precision, Way, ways
 from bert_evaluation.stats import Interval, median
 from bert_evaluation.store import Store
 
 aten = torch.ops.aten
-Precision = Literal["fp32", "bf16", "int8"]
-Call = Callable[[], Any]
+Shape = tuple[int, int, int]  # tokens, inputs, outputs
 
-# Tokens, inputs, outputs: the linears of BERT-base, on one short text up to eight long ones.
-SHAPES = tuple(
+# The linears of BERT-base, on one short text up to eight long ones.
+SHAPES: tuple[Shape, ...] = tuple(
     (tokens, inputs, outputs)
     for tokens in (128, 512, 1024, 3072)
     for inputs, outputs in ((768, 768), (768, 3072), (3072, 768))
 )
-TEXTS = ((1, 128), (8, 128), (8, 384))  # batch and tokens
+# Less leaves much of a large GPU idle: at those above, an H200 reached 364 TFLOP/s in bf16, at the last one here 785.
+CUDA_SHAPES: tuple[Shape, ...] = (
+    (16384, 1024, 1024),
+    (16384, 1024, 4096),
+    (16384, 4096, 1024),
+    (65536, 1024, 4096),
+    (65536, 4096, 1024),
+    (8192, 8192, 8192),
+)
+TEXTS, CUDA_TEXTS = ((1, 128), (8, 128), (8, 384)), ((1, 128), (8, 384), (64, 384))  # batch and tokens
 TRY, TIME = 1.0, 0.6  # seconds a way for finding its best shape, and for timing that
 FEWEST, MOST = 6, 50  # calls timed
 BEYOND, UNKNOWN_CACHE = 4, 32 << 20  # an array of STREAM is four times as large as the last cache; if that is not told
+CUDA_ARRAY = 1 << 30  # bytes at least: through less, a GPU goes in no time beside what a call takes to begin
 WRONG = 0.01  # a relative error that rounding cannot explain
 # What decides the figures.
 DECISIVE = ("processor", "device", "device_name", "threads", "torch")
@@ -55,7 +64,7 @@ class Peak:
     precision: Precision
     way: str
     gflops: Interval
-    shape: tuple[int, int, int]
+    shape: Shape
     error: float | None = None
 
     @property
@@ -119,8 +128,11 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
-# torch knows attention's formula, but not under the name of the CPU's kernel.
-FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+# torch knows attention's formula under the names of CUDA's kernels, but not of these.
+FORMULAS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_attention_math_for_mps: _attention,
+}
 
 
 def share(flops: float, seconds: float, peak: Peak) -> float:
@@ -128,11 +140,11 @@ def share(flops: float, seconds: float, peak: Peak) -> float:
     return flops / seconds / (1e9 * peak.gflops.estimate)
 
 
-def reached(model: nn.Module, found: Roofline, texts: Sequence[tuple[int, int]] = TEXTS) -> Iterator[Reached]:
-    """The share of its precision's peak that a float32 text encoder reaches, on batches of so many texts and tokens."""
+def reached(model: nn.Module, found: Roofline, texts: Sequence[tuple[int, int]] = ()) -> Iterator[Reached]:
+    """The share of the fp32 peak that a text encoder in float32 reaches, on batches of so many texts and tokens."""
     graph, peak, device = capture(model), found.peak("fp32"), next(model.parameters()).device
     assert peak is not None  # every device multiplies those
-    for batch, wanted in texts:
+    for batch, wanted in texts or (CUDA_TEXTS if device.type == "cuda" else TEXTS):
         length = min(wanted, longest_input(model))
         inputs = text_inputs(model, batch, length)
         count = flops(graph, inputs)  # the first call, which may pack
@@ -156,7 +168,8 @@ def kept(store: Store, device: torch.device) -> Roofline | None:
 
 def _key(device: torch.device) -> str:
     about = machine(device)
-    return json.dumps(["roofline", {name: about[name] for name in DECISIVE}])
+    tried = [[way.name for way in ways(device)], _shapes(device)]
+    return json.dumps(["roofline", {name: about[name] for name in DECISIVE}, tried])
 
 
 def _read(found: tuple[str, str]) -> Roofline:
@@ -164,14 +177,12 @@ def _read(found: tuple[str, str]) -> Roofline:
     return replace(_ROOFLINE.validate_json(text), measured=measured)
 
 
-def measure(
-    device: torch.device, shapes: Sequence[tuple[int, int, int]] = SHAPES, array_bytes: int | None = None
-) -> Roofline:
-    """Measure it, in less than a quarter of a minute."""
-    before = conditions.snapshot(device)
+def measure(device: torch.device, shapes: Sequence[Shape] = (), array_bytes: int | None = None) -> Roofline:
+    """Measure it, in less than a quarter of a minute; at shapes that fit the kind of device if none are given."""
+    before, shapes = conditions.snapshot(device), shapes or _fitting(_shapes(device), _free(device))
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # quantised tensors say that their Python interface will go
-        peaks = [_peak(precision, way, make, device, shapes) for precision, way, make in ways(device)]
+        peaks = [_peak(way, device, shapes) for way in ways(device)]
         bandwidths = tuple(_bandwidths(device, array_bytes or _array_bytes(device)))
     return Roofline(
         device=str(device),
@@ -182,89 +193,57 @@ def measure(
     )
 
 
-def ways(device: torch.device) -> Iterator[tuple[Precision, str, Callable[[Tensor, Tensor], Call]]]:
-    """How torch can multiply a (tokens × inputs) by a (outputs × inputs) matrix: precision, name, what makes the call.
-
-    None but torch's own operators. `torch._int_mm` is private; the two for int8 are those that quantised models use.
-    """
-    yield "fp32", "linear", _linear
-    if device.type == "cpu":
-        yield "fp32", "oneDNN, weight packed", _packed
-    yield "bf16", "linear", lambda x, w: _linear(x.bfloat16(), w.bfloat16())
-    if device.type == "cpu":
-        yield "bf16", "oneDNN, weight packed", lambda x, w: _packed(x.bfloat16(), w.bfloat16())
-        yield "int8", f"quantized.linear, {torch.backends.quantized.engine}", _quantized
-        yield "int8", "onednn.qlinear_pointwise", _qlinear
+def _shapes(device: torch.device) -> tuple[Shape, ...]:
+    return CUDA_SHAPES if device.type == "cuda" else SHAPES
 
 
-def _linear(x: Tensor, weight: Tensor) -> Call:
-    return lambda: functional.linear(x, weight)
+def _fitting(shapes: Sequence[Shape], free: int) -> list[Shape]:
+    """Those of which a quarter of the memory holds two, each in float32 and in a copy; the first one in any case."""
+
+    def needs(tokens: int, inputs: int, outputs: int) -> int:
+        return 4 * 2 * 2 * (tokens * inputs + inputs * outputs + tokens * outputs)
+
+    return [shape for shape in shapes if shape == shapes[0] or needs(*shape) <= free // 4]
 
 
-def _packed(x: Tensor, weight: Tensor) -> Call:
-    packed = onednn.pack(weight)
-    return lambda: onednn.POINTWISE(x, packed, None, "none", [], "")
-
-
-def _quantized(x: Tensor, weight: Tensor) -> Call:
-    # A scale of the output that holds the largest result there is.
-    out = 255 * 127 * x.shape[1] / 255
-    packed = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(weight, 1.0, 0, torch.qint8), None)
-    numbers = torch.quantize_per_tensor(x, 1.0, 0, torch.quint8)
-    return lambda: torch.ops.quantized.linear(numbers, packed, out, 0)
-
-
-def _qlinear(x: Tensor, weight: Tensor) -> Call:
-    numbers, packed = x.to(torch.uint8), torch.ops.onednn.qlinear_prepack(weight.to(torch.int8), list(x.shape))
-    scales, zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
-    none: list[Any] = []
-    return lambda: torch.ops.onednn.qlinear_pointwise(
-        numbers, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", none, ""
-    )
-
-
-def _peak(
-    precision: Precision,
-    way: str,
-    make: Callable[[Tensor, Tensor], Call],
-    device: torch.device,
-    shapes: Sequence[tuple[int, int, int]],
-) -> Peak | None:
+def _peak(way: Way, device: torch.device, shapes: Sequence[Shape]) -> Peak | None:
     """The best shape of one way, timed; None where torch has no such way here."""
-    calls = dict[tuple[int, int, int], Call]()
-    rates, start = dict[tuple[int, int, int], float](), time.perf_counter()
+    best, fastest, start = None, 0.0, time.perf_counter()
     for shape in shapes:
         left, work = TRY - (time.perf_counter() - start), _work(shape)
         # Three calls each, but none that would take longer than there is time left.
-        if rates and 3 * work / max(rates.values()) > left:
+        if best is not None and 3 * work / fastest > left:
             continue
         try:
-            calls[shape] = make(*_values(shape, precision, device))
-            timed(calls[shape], device)
-        except (RuntimeError, AttributeError):  # the processor has no such instructions, this torch no such operator
+            call = way.make(*_values(shape, way.precision, device))
+            timed(call, device)
+        except (RuntimeError, AttributeError):  # the device has no such instructions, this torch no such operator
             return None
-        rates[shape] = work / min(timed(calls[shape], device)[0] for _ in range(2))
-    best = max(rates, key=lambda shape: rates[shape])
-    rate = _rate(calls[best], _work(best), device)
-    return Peak(precision, way, rate, best, _error(make, device) if precision == "int8" else None)
+        rate = work / min(timed(call, device)[0] for _ in range(2))
+        if best is None or rate > fastest:
+            best, fastest = (call, shape), rate
+    assert best is not None
+    call, shape = best
+    error = _error(way, device) if way.precision == "int8" else None
+    return Peak(way.precision, way.name, _rate(call, _work(shape), device), shape, error)
 
 
-def _work(shape: tuple[int, int, int]) -> float:
+def _work(shape: Shape) -> float:
     tokens, inputs, outputs = shape
     return 2.0 * tokens * inputs * outputs
 
 
-def _values(shape: tuple[int, int, int], precision: Precision, device: torch.device) -> tuple[Tensor, Tensor]:
+def _values(shape: Shape, precision: Precision, device: torch.device) -> tuple[Tensor, Tensor]:
     """Numbers to multiply, whole ones for integers: what they are is nothing to the time."""
     tokens, inputs, outputs = shape
     x, weight = torch.rand(tokens, inputs, device=device), torch.rand(outputs, inputs, device=device)
     return (x, weight) if precision != "int8" else ((255 * x).floor(), (254 * weight).floor() - 127)
 
 
-def _error(make: Callable[[Tensor, Tensor], Call], device: torch.device) -> float:
+def _error(way: Way, device: torch.device) -> float:
     """The relative error at the largest values: without VNNI, sums of two products may not fit into 16 bits."""
     exact = 255.0 * 127.0 * 64
-    result = make(torch.full((4, 64), 255.0, device=device), torch.full((8, 64), 127.0, device=device))()
+    result = way.make(torch.full((4, 64), 255.0, device=device), torch.full((8, 64), 127.0, device=device))()
     return float((result.dequantize() - exact).abs().max()) / exact
 
 
@@ -281,10 +260,15 @@ def _bandwidths(device: torch.device, array_bytes: int) -> Iterator[Bandwidth]:
 def _array_bytes(device: torch.device) -> int:
     """An array that no cache holds, and of which memory holds many."""
     if device.type == "cuda":
-        cache, free = torch.cuda.get_device_properties(device).L2_cache_size, torch.cuda.mem_get_info(device)[0]
+        least = max(CUDA_ARRAY, BEYOND * torch.cuda.get_device_properties(device).L2_cache_size)
     else:
-        cache, free = linux.last_level_cache() or UNKNOWN_CACHE, psutil.virtual_memory().available
-    return int(min(BEYOND * cache, free // 16))
+        least = BEYOND * (linux.last_level_cache() or UNKNOWN_CACHE)
+    return min(least, _free(device) // 16)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of memory that are free."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def _rate(call: Call, work: float, device: torch.device) -> Interval:

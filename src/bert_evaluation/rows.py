@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from bert_evaluation.evaluation import Work
 from bert_evaluation.memory import Memory
+from bert_evaluation.products import Precision
 from bert_evaluation.stats import Difference, Interval, Ratio
 from bert_evaluation.transformation import Report
 from bert_evaluation.verification import Verification
@@ -95,7 +96,8 @@ class StepChange:
 class Row:
     """One recipe's result. A part that was not asked for, or not timed since nothing changed, is None.
 
-    `share_of_peak` is the work of Base's inference a second against what the machine was measured to reach in fp32.
+    `precision` is the one that most weights are multiplied in; `share_of_peak` is the work of Base's inference a second
+    against what the machine was measured to reach in that, None where that was not measured or torch has no way to.
     `percentiles` are the 50th, 90th and 99th of one inference's milliseconds; after `pays_after` calls the extra time
     of the first one is won back. `speedup` compares the time of one inference, `throughput_speedup` that of the
     evaluation's batches. `memory` is that of one batch of 8, as long as windows usually are. `evaluation` is the key of
@@ -114,6 +116,7 @@ class Row:
     first_call_ms: float | None = None
     pays_after: float | None = None
     rounds: int = 0
+    precision: Precision = "fp32"
     share_of_peak: float | None = None
     speedup: Ratio | None = None
     quality: Quality | None = None
@@ -167,6 +170,7 @@ def row_as_json(row: Row) -> dict[str, Any]:
         }
         if latency
         else None,
+        "precision": row.precision,
         "share_of_peak": row.share_of_peak,
         "speedup": asdict(row.speedup) if row.speedup else None,
         "pays_after_calls": row.pays_after,

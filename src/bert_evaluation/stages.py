@@ -20,6 +20,7 @@ from bert_evaluation.listing import step_diffs
 from bert_evaluation.measurement import Measurement, Plan, measure
 from bert_evaluation.memory import memory
 from bert_evaluation.outcome import Experiment, Outcome
+from bert_evaluation.products import precision
 from bert_evaluation.recipe import Recipe, compose
 from bert_evaluation.regime import Cells, Shape, regime
 from bert_evaluation.roofline import flops, kept, share
@@ -76,7 +77,7 @@ def transform(run: Run, recipes: tuple[Recipe, ...]) -> tuple[Variants, tuple[Ro
     base = capture(model)
     batch, length = MEMORY_SHAPE
     inputs = text_inputs(model, batch, min(length, longest_input(model)))
-    made, rows = {BASE: base}, [Row(BASE, "", memory=memory(base, inputs))]
+    made, rows = {BASE: base}, [Row(BASE, "", memory=memory(base, inputs), precision=precision(base))]
     listener.advance("", 1)
     reference = observe(model) if recipes else None
     for recipe in recipes:
@@ -96,6 +97,7 @@ def transform(run: Run, recipes: tuple[Recipe, ...]) -> tuple[Variants, tuple[Ro
                 sites=own.reports,
                 verification=check(reference, graph) if reference else None,
                 memory=memory(graph, inputs),
+                precision=precision(graph),
                 unchanged=not own.report.applied,
                 graph_changes=tuple(StepChange(each.transformation, each.diff) for each in step_diffs(base, recipe)),
             )
@@ -130,7 +132,11 @@ def infer(run: Run, rows: tuple[Row, ...], variants: Variants) -> tuple[Measurem
     for name, seconds in timing.seconds.items():
         run.store.save_times(run.outcome.number, name, seconds)
     roofline = kept(run.store, run.device)
-    peak = None if roofline is None else roofline.peak("fp32")
+
+    def share_of_peak(row: Row) -> float | None:
+        peak = None if roofline is None else roofline.peak(row.precision)
+        return None if peak is None else share(count, timing.latency(row.name).estimate / 1000, peak)
+
     answers = {
         row.name: answer(made[row.name], tokenizer, question, context, rule, experiment.windowing).text
         for row in rows
@@ -146,7 +152,7 @@ def infer(run: Run, rows: tuple[Row, ...], variants: Variants) -> tuple[Measurem
             pays_after=None if row.name == BASE else timing.pays_after(row.name),
             rounds=len(timing.seconds[row.name]),
             speedup=None if row.name == BASE else timing.speedup(row.name),
-            share_of_peak=None if peak is None else share(count, timing.latency(row.name).estimate / 1000, peak),
+            share_of_peak=share_of_peak(row),
             effects=variants.parts.effects(row.name, speedup=timing.ratio),
         )
         if row.name in made

@@ -250,7 +250,8 @@ def test_a_timed_call_waits_for_the_device(monkeypatch, device):
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
     monkeypatch.setattr(torch.mps, "synchronize", wait)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(query=lambda: at_work[0] == 0))
+    for stream in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, stream, lambda _: SimpleNamespace(query=lambda: at_work[0] == 0))
 
     def call():
         told.append("called")

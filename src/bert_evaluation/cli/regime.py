@@ -18,7 +18,9 @@ def regime(
     model: Annotated[str, typer.Option(help="checkpoint: built-in, a folder, or a hub name")] = "built-in",
     batches: Annotated[str, typer.Option(help="batch sizes")] = "1,8",
     lengths: Annotated[str, typer.Option(help="tokens of each sequence")] = "32,128,384",
-    threads: Annotated[str | None, typer.Option(help="threads [default: 1 and as many as torch uses]")] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="threads [default: as many as torch uses, on a CPU also 1]")
+    ] = None,
     device: DeviceOption = "auto",
     precision: Annotated[float, typer.Option(help="time each shape until ratios are known within this")] = 0.01,
     time_limit: Annotated[float, typer.Option(help="or for so many seconds")] = 20.0,
@@ -36,12 +38,15 @@ def regime(
 
     import torch
 
+    from bert_evaluation.device import choose_device
     from bert_evaluation.experiment import run
     from bert_evaluation.outcome import Experiment, as_json
     from bert_evaluation.regime import Grid
     from bert_evaluation.store import Store
 
-    grid = Grid(**shapes, threads=chosen or tuple(sorted({1, torch.get_num_threads()})))
+    # To a device that is no CPU, it is all the same how many threads give it its work.
+    usual = {1, torch.get_num_threads()} if choose_device(device).type == "cpu" else {torch.get_num_threads()}
+    grid = Grid(**shapes, threads=chosen or tuple(sorted(usual)))
     experiment = Experiment(
         transform=True,
         model=model,

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from bert_evaluation.capabilities import NOT_TOLD
 from bert_evaluation.doctor import Examination, Finding
-from bert_evaluation.report.writing import milliseconds
+from bert_evaluation.report.writing import milliseconds, rate
 from bert_evaluation.roofline import Bandwidth, Peak, Reached
-from bert_evaluation.stats import Interval
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -106,8 +105,9 @@ def conclusion(found: Examination) -> str:
 
 
 def _reaches(found: Examination) -> str:
-    threads = f"{found.roofline.threads} thread{'' if found.roofline.threads == 1 else 's'}"
-    return f"{REACHES} on {found.roofline.device} with {threads}, measured {found.roofline.measured}"
+    device, threads = found.roofline.device, found.roofline.threads
+    on = f"{device} with {threads} thread{'' if threads == 1 else 's'}" if device == "cpu" else device
+    return f"{REACHES} on {on}, measured {found.roofline.measured}"
 
 
 def _share_title(found: Examination) -> str:
@@ -116,9 +116,9 @@ def _share_title(found: Examination) -> str:
 
 def _rates(found: Examination) -> Iterator[tuple[str, str, str]]:
     for peak in found.roofline.peaks:
-        yield peak.precision, _rate(peak.gflops, "GFLOP/s"), _way(peak)
+        yield peak.precision, rate(peak.gflops, "FLOP/s"), _way(peak)
     for bandwidth in found.roofline.bandwidths:
-        yield "memory", _rate(bandwidth.gigabytes, "GB/s"), _through(bandwidth)
+        yield "memory", rate(bandwidth.gigabytes, "B/s"), _through(bandwidth)
 
 
 def _remarks(found: Examination) -> Iterator[str]:
@@ -126,10 +126,6 @@ def _remarks(found: Examination) -> Iterator[str]:
     yield from found.roofline.remarks
     if found.roofline.remarks or any(each.share > 1 for each in found.reached):
         yield "So these are no peaks: measure them anew with --fresh when the machine is quiet."
-
-
-def _rate(rate: Interval, unit: str) -> str:
-    return f"{rate.estimate:.1f} {unit} ({rate.low:.1f} to {rate.high:.1f})"
 
 
 def _way(peak: Peak) -> str:

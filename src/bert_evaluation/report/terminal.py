@@ -88,7 +88,7 @@ def share_lines(outcome: Outcome) -> Iterator[str]:
     """What share of the machine's measured peak an inference reaches, where that was measured."""
     for row in outcome.rows:
         if row.share_of_peak is not None:
-            yield f"{row.name}: {row.share_of_peak:.0%} of what the machine reaches in fp32"
+            yield f"{row.name}: {row.share_of_peak:.0%} of what the machine reaches in {row.precision}"
 
 
 def timing_lines(outcome: Outcome) -> Iterator[str]:

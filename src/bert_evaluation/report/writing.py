@@ -9,6 +9,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from bert_evaluation.stats import Interval
+
 # Control characters, surrogates, and those that turn the direction of the text after them.
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
@@ -64,6 +66,13 @@ def error(value: float) -> str:
 def milliseconds(value: float) -> str:
     """A time with as many digits as it is read with."""
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def rate(found: Interval, unit: str) -> str:
+    """So many billion units a second; in thousands of billions where those are many."""
+    prefix, of = ("T", 1000) if found.estimate > 10_000 else ("G", 1)
+    estimate, low, high = (getattr(found, each) / of for each in ("estimate", "low", "high"))
+    return f"{estimate:.1f} {prefix}{unit} ({low:.1f} to {high:.1f})"
 
 
 def mebibytes(value: int) -> str:
