@@ -42,7 +42,8 @@ class Settings:
     """What is measured, and how much of it."""
 
     device: torch.device
-    sizes: Mapping[str, float]  # of the model in the place of BERT-large
+    title: str
+    sizes: Mapping[str, float]  # of the model with random weights
     checkpoint: str = "built-in"
     squad: Path | None = None
     windows: int = 4096
@@ -140,7 +141,7 @@ class Parts:
 
     @cached_property
     def _large(self) -> Subject:
-        return Subject("BERT-large", bert(self.settings.sizes, self.settings.device), self.say)
+        return Subject(self.settings.title, bert(self.settings.sizes, self.settings.device), self.say)
 
     @cached_property
     def _trained(self) -> tuple[Subject, Any]:
@@ -182,7 +183,7 @@ class Parts:
         table, work = throughput(rows, found.seconds), rows[BASE].work
         lengths = f"of {settings.squad.name}" if settings.squad else "of random tokens, as long as SQuAD's"
         mean = f"{work.tokens / work.windows:.0f} tokens on average"
-        print(f"\n### {title}: BERT-large, {work.windows:,} windows {lengths}, {mean}, {rounds} rounds\n")
+        print(f"\n### {title}: {settings.title}, {work.windows:,} windows {lengths}, {mean}, {rounds} rounds\n")
         print_throughput(table, found)
         return {"rows": table, "rounds": rounds, "seconds": found.seconds}
 
