@@ -291,18 +291,14 @@ def taken_apart(output: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]
     return parts, structure.unflatten
 
 
-def longest(size: int | torch.SymInt) -> int | None:
-    """The most that a size may be, by what `torch.export` found out of it; None if there is no limit."""
-    if isinstance(size, int):
-        return size
+def longest(size: torch.SymInt) -> int | None:
+    """The most that a dynamic size may be, by what `torch.export` found out; None if there is no limit."""
     most = size.node.shape_env.bound_sympy(size.node.expr).upper
     return int(most) if most.is_Integer else None
 
 
-def evaluated(size: int | torch.SymInt, known: Mapping[str, int]) -> int | None:
-    """What a size is where the symbols that it is computed of are these; None if some of them is not known."""
-    if isinstance(size, int):
-        return size
+def evaluated(size: torch.SymInt, known: Mapping[str, int]) -> int | None:
+    """What a dynamic size is where the symbols that it is made of are these; None if one of them is not known."""
     found = size.node.expr.subs({symbol: known.get(str(symbol), symbol) for symbol in size.node.expr.free_symbols})
     return int(found) if found.is_Integer else None
 
