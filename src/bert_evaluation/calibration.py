@@ -14,6 +14,7 @@ from bert_evaluation.capturing import CHECKPOINT
 from bert_evaluation.checkpoints import load_dataset, load_tokenizer
 from bert_evaluation.errors import BertEvaluationError, CalibrationError
 from bert_evaluation.graph import GraphModule, Node
+from bert_evaluation.signature import MASK
 from bert_evaluation.squad.batches import Batching, batches, tensors
 from bert_evaluation.squad.dataset import Dataset, sample
 from bert_evaluation.squad.windows import question_first, windows
@@ -21,7 +22,6 @@ from bert_evaluation.squad.windows import question_first, windows
 CALIBRATION = "bert_evaluation.calibration"  # key in GraphModule.meta: a Calibration
 QUESTIONS, SEED = 16, 0  # of the built-in data set: 128 choose 26 of 28 heads that these choose, of budgets 0.1 and 0.3
 BATCHING = Batching(size=8)
-MASK = "attention_mask"
 
 Inputs = Mapping[str, Tensor]
 

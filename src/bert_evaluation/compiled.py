@@ -8,7 +8,7 @@ import shutil
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,36 +20,56 @@ from torch import Tensor
 
 from bert_evaluation import graph as graphs
 from bert_evaluation import onednn
-from bert_evaluation.device import cpp_compiler
+from bert_evaluation.buckets import bucket, paddable
+from bert_evaluation.cuda_graphs import Recorder, Replayed
+from bert_evaluation.device import c_compiler, cpp_compiler
 from bert_evaluation.errors import TransformationError
-from bert_evaluation.graph import GraphModule, Node
+from bert_evaluation.graph import GraphModule
+from bert_evaluation.signature import LENGTH, MASK, UNLIMITED, Signature
 
 aten = torch.ops.aten
-# An index out of range is an error of theirs; in a loop that Inductor makes it would end the process.
+# An index out of range is an error of theirs; in a loop in C++ that Inductor makes it would end the process. A kernel
+# in Triton ends the CUDA context, as theirs does, so there Inductor may have them.
 LOOKUPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
 OPAQUE = (onednn.POINTWISE, onednn.BINARY, *LOOKUPS)
 CHECKS = (aten._assert_tensor_metadata.default,)
 # A batch of 3 for 2 threads, which no dimension divides evenly: Inductor then shares out batch and length together, and
 # takes neither for a constant, nor for the other. How many threads there really are, it asks at every call.
-SMALLEST, OPTIONS = 3, {"cpp.threads": 2, "cpp.dynamic_threads": True}
+SMALLEST, ON_CPU = 3, {"cpp.threads": 2, "cpp.dynamic_threads": True}
+# On CUDA it chooses tiles for the sizes of the example. This length is a usual one, and no multiple of 4: a mask of any
+# length has to be copied to where kernels for attention can read it, and what is made for a multiple would not do that.
+USUAL, ON_CUDA = 130, {"triton.cudagraphs": False}
+# Inductor numbers what is in a tensor with 32 bits on CUDA, since it is little in the example.
+COUNTABLE = 2**31 - 1
 
 
 def why_not(graph: GraphModule) -> str | None:
     """Why a graph cannot be compiled here, if so; whether Inductor takes all of its operators, the first call tells."""
+    kinds = set[str]()
     for node in graph.graph.nodes:
         value = node.meta.get("val")
-        if node.op == "placeholder" and not isinstance(value, Tensor):
-            return f"The graph does not know the shape of its input {node.target}."
-        if node.op == "placeholder" and value.device.type not in ("cpu", "cuda"):
-            return f"Compile is for cpu and cuda, and the graph is on {value.device}."
-        if node.op == "placeholder" and value.device.type == "cuda" and find_spec("triton") is None:
-            return "triton, which TorchInductor writes kernels for CUDA in, is not installed."
+        if node.op == "placeholder":
+            if not isinstance(value, Tensor):
+                return f"The graph does not know the shape of its input {node.target}."
+            if value.device.type not in ("cpu", "cuda"):
+                return f"Compile is for cpu and cuda, and the graph is on {value.device}."
+            kinds.add(value.device.type)
         if any(isinstance(memory, str) or memory.op == "placeholder" for memory in graphs.writes(node)):
             return f"{node.name} writes in place into what the graph is given or keeps."
-    if shutil.which(compiler := cpp_compiler()) is None:
-        return f"TorchInductor needs a C++ compiler, and {compiler} is not there; install it, or name another as CXX."
+    return _why_no_compiler("cuda" in kinds)
+
+
+def _why_no_compiler(on_cuda: bool) -> str | None:
+    if on_cuda and find_spec("triton") is None:
+        return "triton, which TorchInductor writes kernels for CUDA in, is not installed."
+    # Triton compiles what launches its kernels.
+    who, compiler, language, name = (
+        ("Triton", c_compiler(), "C", "CC") if on_cuda else ("TorchInductor", cpp_compiler(), "C++", "CXX")
+    )
+    if shutil.which(compiler) is None:
+        return f"{who} needs a {language} compiler, and {compiler} is not there; install it, or name another as {name}."
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return "TorchInductor needs Python's headers (Python.h), which are not there; install python3-dev."
+        return f"{who} needs Python's headers (Python.h), which are not there; install python3-dev."
     return None
 
 
@@ -60,16 +80,30 @@ class Compiled:
     have the types and fixed sizes that the graph was captured with, and any dynamic ones, 1 included, with one batch
     for all; others are refused with a ValueError. It reads the tensors that the graph has now, and is not told if
     those are exchanged.
+
+    With a `recorder`, calls are recorded, once for each bucket of shapes, and replayed. `longest` is the most tokens
+    that are known to be read, if the graph does not know; `where` names the input that says which positions of the
+    results have nothing to do with the padding of a bucket, None if there is none. With `autotune`, more ways to
+    multiply matrices are tried out on the device, for minutes.
     """
 
-    def __init__(self, graph: GraphModule, title: str) -> None:
+    def __init__(
+        self,
+        graph: GraphModule,
+        title: str,
+        autotune: bool = False,
+        recorder: Recorder | None = None,
+        longest: int | None = None,
+    ) -> None:
         self.seconds = 0.0
-        self._title = title
-        self._graph = _with_opaque_calls(graph)
-        inputs = [_Input(node) for node in graph.graph.find_nodes(op="placeholder")]
-        batch = {each.sizes[0] for each in inputs if 0 in each.dynamic}
-        self._inputs = [each.of_one_batch(batch) for each in inputs]
-        self._function: Callable[..., Any] | None = None
+        self._title, self._autotune, self._recorder, self._longest = title, autotune, recorder, longest
+        self._signature = Signature(graph)
+        self._on_cpu = all(each.device.type == "cpu" for each in self._signature.inputs)
+        self._most = {} if recorder is None else paddable(graph, self._signature, longest)
+        self.where = MASK if LENGTH in self._most else None
+        self._graph = _plain_for_inductor(graph, OPAQUE if self._on_cpu else ())
+        self._call: Callable[[dict[str, Tensor], dict[str, int]], Any] | None = None
+        self._countable = set[tuple[int, ...]]()
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -80,34 +114,46 @@ class Compiled:
 
     def __call__(self, *args: Tensor, **inputs: Tensor) -> Any:
         """Return what the graph's nodes would, but for rounding."""
-        named = {each.name: tensor for each, tensor in zip(self._inputs, args, strict=False)} | inputs
-        sizes = dict[str, int]()
-        ready = {each.name: each.checked(named, sizes) for each in self._inputs}
-        if self._function is None:
+        ready, sizes = self._signature.checked(args, inputs)
+        if not self._on_cpu:
+            self._hold_countable(sizes)
+        if self._call is None:
             self.prepare()
-        assert self._function is not None
+        assert self._call is not None
         with torch.no_grad():
-            return self._function(**ready)
+            return self._call(ready, sizes)
 
     def prepare(self) -> None:
         """Compile, unless that is done. Raises TransformationError for what Inductor cannot compile."""
         with self._lock:
-            if self._function is not None:
+            if self._call is not None:
                 return
             start = time.perf_counter()
             try:
-                self._function = self._compile()
+                function = self._compile()
             except Exception as error:
                 said = str(error).strip().splitlines() or [type(error).__name__]
                 raise TransformationError(f"TorchInductor cannot compile this graph: {said[0]}") from error
+            if self._recorder is None:
+                self._call = lambda inputs, sizes: function(**inputs)
+            else:
+                self._call = Replayed(function, self._signature, self._most, self._recorder)
             self.seconds = time.perf_counter() - start
 
+    def _hold_countable(self, sizes: Mapping[str, int]) -> None:
+        key = tuple(sizes.values())
+        if key not in self._countable:
+            if (count := self._signature.elements(bucket(sizes, self._most))) > COUNTABLE:
+                raise ValueError(f"A tensor would have {count:,} numbers; compiled code counts to {COUNTABLE:,} only.")
+            self._countable.add(key)
+
     def _compile(self) -> Callable[..., Any]:
-        options: dict[str, Any] = OPTIONS | {
+        options: dict[str, Any] = (ON_CPU if self._on_cpu else ON_CUDA) | {
+            "max_autotune": self._autotune,
             # Released while it runs, Python's lock lets other threads answer other batches.
-            "cpp_wrapper": all(each.device.type == "cpu" for each in self._inputs),
+            "cpp_wrapper": self._on_cpu,
             # Dynamo would compile again for a size of 1, another number of threads, and in inference mode. Nothing
-            # generated depends on those; what does depend on the inputs is checked in `_Input`.
+            # generated depends on those; what does depend on the inputs is checked at every call.
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
         }
         function: Callable[..., Any] = torch.compile(
@@ -118,62 +164,21 @@ class Compiled:
             torch.no_grad(),
             torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
         ):
-            sizes = dict[str, int]()
-            inputs = {each.name: each.example(sizes) for each in self._inputs}
-            for each in self._inputs:
+            sizes = self._example_sizes()
+            inputs = {each.name: each.zeros(sizes) for each in self._signature.inputs}
+            for each in self._signature.inputs:
                 for dimension in each.dynamic:
                     torch._dynamo.mark_dynamic(inputs[each.name], dimension)
             function(**inputs)  # it is compiled by being called
         return function
 
-
-class _Input:
-    """What is known of an input: name, type, device, and each size: a number, or a symbol where it is dynamic."""
-
-    def __init__(self, node: Node) -> None:
-        value = node.meta["val"]
-        self.name, self.dtype, self.device = str(node.target), value.dtype, value.device
-        self.sizes = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-
-    def of_one_batch(self, symbols: set[int | str]) -> "_Input":
-        """The input with one symbol for the batch: export may leave it open whether those of two inputs are equal."""
-        self.sizes = tuple("batch" if size in symbols else size for size in self.sizes)
-        return self
-
-    @property
-    def dynamic(self) -> Iterable[int]:
-        """The dimensions that are."""
-        return [dimension for dimension, size in enumerate(self.sizes) if isinstance(size, str)]
-
-    def example(self, known: dict[str, int]) -> Tensor:
-        """Zeros, each dynamic size 3 more than the one before; `known` are those of the inputs before."""
-        shape = [
-            known.setdefault(size, SMALLEST + 3 * len(known)) if isinstance(size, str) else size for size in self.sizes
-        ]
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def checked(self, inputs: Mapping[str, Tensor], known: dict[str, int]) -> Tensor:
-        """The input as the compiled code reads it; `known` are the sizes that symbols have in this call.
-
-        Raises ValueError for one that is missing or does not fit.
-        """
-        tensor = inputs.get(self.name)
-        if tensor is None:
-            raise ValueError(f"The compiled graph is called without {self.name}.")
-        if tensor.dtype is not self.dtype or tensor.device.type != self.device.type:
-            raise ValueError(
-                f"{self.name} is {tensor.dtype} on {tensor.device}; compiled was for {self.dtype} on {self.device}."
-            )
-        fits = len(tensor.shape) == len(self.sizes) and all(
-            (known.setdefault(expected, size) if isinstance(expected, str) else expected) == size
-            for size, expected in zip(tensor.shape, self.sizes, strict=True)
-        )
-        if not fits:
-            taken = ", ".join(str(known.get(size, "any") if isinstance(size, str) else size) for size in self.sizes)
-            raise ValueError(
-                f"{self.name} has the shape {tuple(tensor.shape)}; beside the others it is to be ({taken})."
-            )
-        return tensor.contiguous()
+    def _example_sizes(self) -> dict[str, int]:
+        """Sizes to compile with: each 3 more than the one before, but a usual length on CUDA where that is allowed."""
+        longest = self._signature.longest
+        sizes = {name: SMALLEST + 3 * place for place, name in enumerate(longest)}
+        if not self._on_cpu and USUAL < min(longest.get(LENGTH, 0), self._longest or UNLIMITED) < UNLIMITED:
+            sizes[LENGTH] = USUAL
+        return sizes
 
 
 def is_pending(graph: GraphModule) -> bool:
@@ -195,13 +200,13 @@ def seconds(module: torch.nn.Module) -> float:
     return call.seconds if isinstance(call, Compiled) else 0.0
 
 
-def _with_opaque_calls(graph: GraphModule) -> GraphModule:
-    """A fork of the graph without checks of types, which are done, and with operators that Inductor leaves alone."""
+def _plain_for_inductor(graph: GraphModule, opaque: Collection[Any]) -> GraphModule:
+    """A fork of the graph without checks of types, which are done, and with `opaque` operators that it leaves alone."""
     twin = graphs.fork(graph)
     for node in list(twin.graph.nodes):
         if node.target in CHECKS:
             twin.graph.erase_node(node)
-        elif node.target in OPAQUE and node.op == "call_function":
+        elif node.target in opaque and node.op == "call_function":
             node.target = _opaque(node.target)
     twin.recompile()
     return twin

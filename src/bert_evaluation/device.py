@@ -4,6 +4,7 @@ import ctypes
 import difflib
 import os
 import platform
+import shutil
 import sys
 import time
 from contextlib import suppress
@@ -96,6 +97,12 @@ def cpp_compiler() -> str:
     """The C++ compiler that torch calls, whether it is there or not: that of CXX, or the system's."""
     usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     return os.environ.get("CXX", usual)
+
+
+def c_compiler() -> str:
+    """The C compiler that Triton calls, whether it is there or not: that of CC, or gcc, or clang."""
+    usual = next((name for name in ("gcc", "clang") if shutil.which(name)), "gcc")
+    return os.environ.get("CC", usual)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

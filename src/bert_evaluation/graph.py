@@ -4,7 +4,7 @@ import copy
 import hashlib
 import operator
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -290,6 +290,24 @@ def shared_outputs(graph: GraphModule) -> set[tuple[int, str]]:
 def output_tensors(output: Any) -> list[Tensor]:
     """The tensors in what a model returned, in its order."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def taken_apart(output: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """What is in what a model returned, tensors and others, in its order; and what makes its like of other such."""
+    parts, structure = pytree.tree_flatten(output)
+    return parts, structure.unflatten
+
+
+def longest(size: torch.SymInt) -> int | None:
+    """The most that a dynamic size may be, by what `torch.export` found out; None if there is no limit."""
+    most = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(most) if most.is_Integer else None
+
+
+def evaluated(size: torch.SymInt, known: Mapping[str, int]) -> int | None:
+    """What a dynamic size is where the symbols that it is made of are these; None if one of them is not known."""
+    found = size.node.expr.subs({symbol: known.get(str(symbol), symbol) for symbol in size.node.expr.free_symbols})
+    return int(found) if found.is_Integer else None
 
 
 def in_double(graph: GraphModule) -> GraphModule:

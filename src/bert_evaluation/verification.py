@@ -216,8 +216,10 @@ def _marks(inputs: Mapping[str, Tensor], promise: Promise) -> Tensor | None:
 
 
 def _marked(tensor: Tensor, marks: Tensor | None) -> Tensor:
-    """What a tensor (batch, length, ...) has at the marked positions; any other tensor as it is."""
-    return tensor if marks is None or tensor.shape[: marks.dim()] != marks.shape else tensor[marks]
+    """What a tensor (batch, length, ...) has at the marked positions, and one (batch, ...) in rows with such."""
+    if marks is None or tensor.shape[:1] != marks.shape[:1]:
+        return tensor
+    return tensor[marks if tensor.shape[:2] == marks.shape else marks.any(dim=1)]
 
 
 def _distance(expected: Sequence[Tensor], got: Sequence[Tensor], marks: Tensor | None = None) -> float:

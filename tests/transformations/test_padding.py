@@ -19,6 +19,7 @@ from bert_evaluation.capturing import DYNAMIC, read, save, text_inputs
 from bert_evaluation.checkpoints import load_dataset
 from bert_evaluation.evaluation import evaluate_together
 from bert_evaluation.probes import Probe, default_probes
+from bert_evaluation.signature import MASK
 from bert_evaluation.squad.answers import AnswerRule
 from bert_evaluation.squad.batches import Batching
 from bert_evaluation.transformation import Bitwise, Reassociates, Site, Transformation, promise_of, weakest
@@ -31,7 +32,6 @@ from bert_evaluation.transformations import (
     RemoveDropout,
     RemovePadding,
 )
-from bert_evaluation.transformations.padding_mask import MASK
 from bert_evaluation.verification import check, observe
 
 aten = torch.ops.aten

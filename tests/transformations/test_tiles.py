@@ -18,6 +18,7 @@ from bert_evaluation.blame import verify_steps
 from bert_evaluation.capturing import read, save, text_inputs
 from bert_evaluation.kernels.build import why_not_built
 from bert_evaluation.probes import default_probes
+from bert_evaluation.signature import MASK
 from bert_evaluation.transformation import Approximates, Reassociates, promise_of
 from bert_evaluation.transformations import (
     REGISTRY,
@@ -35,7 +36,6 @@ from bert_evaluation.transformations import (
     parse_recipe,
     recipes,
 )
-from bert_evaluation.transformations.padding_mask import MASK
 from bert_evaluation.verification import check, in_double, observe
 
 aten = torch.ops.aten

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 
-from bert_evaluation import compiled
+from bert_evaluation import compiled, cuda_graphs
 from bert_evaluation import graph as graphs
+from bert_evaluation.capturing import CHECKPOINT
 from bert_evaluation.graph import GraphModule
-from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
+from bert_evaluation.signature import MASK
+from bert_evaluation.transformation import Promise, Reassociates, ReversibleTransformation, Site
 
 
 class Compile(ReversibleTransformation):
@@ -21,23 +23,47 @@ class Compile(ReversibleTransformation):
 
     The promise holds in bfloat16 and float16 too: Inductor keeps float32 between the operators that it fuses, so it
     rounds less often, and a result is allowed to be as far from float64 as the graph's own. Outputs have no gradients.
+
+    On CUDA the loops are kernels in Triton; with `autotune` it tries out kernels for products of matrices too, for
+    minutes. With `cuda_graphs` they are not launched one by one: a call replays what was recorded for a bucket of
+    shapes, with batch and length rounded up, by less than a quarter or to 32 tokens. The mask hides the padding, but
+    from rows without a real token: nothing is promised where it is 0. Where it would not hide it, shapes are recorded
+    as they are. Recordings have memory of their own, and there are up to 64.
     """
 
-    promise = Reassociates()
+    promise: Promise = Reassociates()
+
+    def __init__(self, cuda_graphs: bool = False, autotune: bool = False) -> None:
+        self.cuda_graphs = cuda_graphs
+        self.autotune = autotune
+        if cuda_graphs:  # so much less than without, until it is known whether there will be padding
+            self.promise = Reassociates(where=MASK)
+
+    def __repr__(self) -> str:
+        chosen = [f"{name}=True" for name in ("autotune", "cuda_graphs") if getattr(self, name)]
+        return f"{self.name}({', '.join(chosen)})"
 
     def sites(self, graph: GraphModule) -> Iterable[Site]:
         """The whole graph."""
         return [_WholeGraph(graph.graph.output_node())]
 
     def why_not(self, site: Site) -> str | None:
-        """Refuse what TorchInductor has no back end or no compiler for, and a graph that writes into inputs."""
+        """Refuse what TorchInductor has no back end or no compiler for, and a graph that writes into inputs.
+
+        With CUDA graphs, also what is on another device or waits for it.
+        """
         graph = site.node.graph.owning_module
         assert graph is not None
-        return compiled.why_not(graph)
+        return compiled.why_not(graph) or (cuda_graphs.why_not(graph) if self.cuda_graphs else None)
 
     def rewrite(self, graph: GraphModule, site: Site) -> None:
         """Let calls go to the compiled graph."""
-        graphs.set_stand_in(graph, compiled.Compiled(graph, repr(self)))
+        inputs = graph.graph.find_nodes(op="placeholder")
+        recorder = cuda_graphs.CudaRecorder(inputs[0].meta["val"].device) if self.cuda_graphs else None
+        _, longest = graph.meta.get(CHECKPOINT, (None, None))
+        call = compiled.Compiled(graph, repr(self), self.autotune, recorder, longest)
+        self.promise = Reassociates(where=call.where)
+        graphs.set_stand_in(graph, call)
         self.mark_as_transformed(site.node)
 
     def undo(self, graph: GraphModule, memo: None) -> None:  # noqa: ARG002

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, fx
 
 from bert_evaluation.graph import Node
+from bert_evaluation.signature import MASK
 from bert_evaluation.transformations.linear import tensor_of
 
-MASK = "attention_mask"  # the input that is 0 at padding
 # The batches and lengths that a mask is computed for. The long one is for local attention, whose windows are shorter.
 SIZES = ((3, 7), (1, 2048))
 NOTHING = -1e4  # what is added to a score, at most, so that nothing is left of it after softmax
