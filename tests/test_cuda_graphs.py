@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,11 +13,11 @@ from torch import nn
 
 from bert_evaluation import capture, compiled, compose, cuda_graphs, measure
 from bert_evaluation import graph as graphs
-from bert_evaluation.buckets import bucket, paddable
+from bert_evaluation.buckets import paddable
 from bert_evaluation.capturing import CHECKPOINT, longest_input, read, save, text_inputs
 from bert_evaluation.cuda_graphs import Replayed
 from bert_evaluation.errors import TransformationError
-from bert_evaluation.signature import BATCH, LENGTH, MASK, UNLIMITED, Signature
+from bert_evaluation.signature import MASK, Signature
 from bert_evaluation.transformation import Reassociates, history, promise_of
 from bert_evaluation.transformations import (
     PRESETS,
@@ -148,7 +147,9 @@ def test_results_are_the_callers_own(bert, calls):
     second = calls(**inputs_of(bert, 2, 30))
     assert distance(first, kept) == 0
     assert first.start_logits.data_ptr() != second.start_logits.data_ptr()
-    assert not {id(each) for each in graphs.output_tensors(second)} & {id(each) for each in graphs.output_tensors(first)}
+    assert not {id(each) for each in graphs.output_tensors(second)} & {
+        id(each) for each in graphs.output_tensors(first)
+    }
 
 
 def test_the_recording_that_was_not_used_for_longest_goes(bert, bert_graph, recorder):

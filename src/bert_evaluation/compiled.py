@@ -19,9 +19,10 @@ import torch._dynamo.config  # documented, under this name
 from torch import Tensor
 
 from bert_evaluation import graph as graphs
-from bert_evaluation import onednn
+from bert_evaluation import onednn, varlen
 from bert_evaluation.buckets import bucket, paddable
 from bert_evaluation.cuda_graphs import Recorder, Replayed
+from bert_evaluation.cutting import cut
 from bert_evaluation.device import c_compiler, cpp_compiler
 from bert_evaluation.errors import TransformationError
 from bert_evaluation.graph import GraphModule
@@ -148,6 +149,16 @@ class Compiled:
             self._countable.add(key)
 
     def _compile(self) -> Callable[..., Any]:
+        place = next(graphs.calls(self._graph, varlen.UNPAD), None)
+        if place is None:
+            return self._compiled(self._graph, self._signature)
+        # How many tokens are packed, Inductor takes for any number, and fuses little. So they are packed in front of it,
+        # and it is given a size like others.
+        first, rest = cut(self._graph, place)
+        function, restore = self._compiled(rest, Signature(rest)), self._graph.graph.process_outputs
+        return lambda **inputs: restore(function(**inputs, **first(**inputs)))
+
+    def _compiled(self, graph: GraphModule, signature: Signature) -> Callable[..., Any]:
         options: dict[str, Any] = (ON_CPU if self._on_cpu else ON_CUDA) | {
             "max_autotune": self._autotune,
             # Released while it runs, Python's lock lets other threads answer other batches.
@@ -156,25 +167,22 @@ class Compiled:
             # generated depends on those; what does depend on the inputs is checked at every call.
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
         }
-        function: Callable[..., Any] = torch.compile(
-            self._graph.forward, fullgraph=True, dynamic=False, options=options
-        )
+        function: Callable[..., Any] = torch.compile(graph.forward, fullgraph=True, dynamic=False, options=options)
         with (
             torch.inference_mode(False),
             torch.no_grad(),
             torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
         ):
-            sizes = self._example_sizes()
-            inputs = {each.name: each.zeros(sizes) for each in self._signature.inputs}
-            for each in self._signature.inputs:
+            sizes = self._example_sizes(signature.longest)
+            inputs = {each.name: each.zeros(sizes) for each in signature.inputs}
+            for each in signature.inputs:
                 for dimension in each.dynamic:
                     torch._dynamo.mark_dynamic(inputs[each.name], dimension)
             function(**inputs)  # it is compiled by being called
         return function
 
-    def _example_sizes(self) -> dict[str, int]:
+    def _example_sizes(self, longest: Mapping[str, int]) -> dict[str, int]:
         """Sizes to compile with: each 3 more than the one before, but a usual length on CUDA where that is allowed."""
-        longest = self._signature.longest
         sizes = {name: SMALLEST + 3 * place for place, name in enumerate(longest)}
         if not self._on_cpu and USUAL < min(longest.get(LENGTH, 0), self._longest or UNLIMITED) < UNLIMITED:
             sizes[LENGTH] = USUAL

@@ -110,7 +110,7 @@ class Replayed:
         self._lock = threading.Lock()
 
     def __call__(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Any:
-        """What the function would return for inputs of these sizes. Raises TransformationError if it cannot be recorded."""
+        """What the function would return for inputs of these sizes. TransformationError if it cannot be recorded."""
         whole = bucket(sizes, self._most)
         key = tuple(whole.values())
         with self._lock:

@@ -47,6 +47,8 @@ def linear(
 
     Sums are float32 (float64 in float64). scales (..., 1) and weight_scales (outputs, 1).
     """
+    if not x.numel():
+        return x.new_empty((*x.shape[:-1], len(weight)), dtype=dtype)
     if x.is_cuda and dtype is torch.bfloat16:
         by_rows = functional.ScalingType.RowWise
         found: Tensor = functional.scaled_mm(

@@ -77,7 +77,7 @@ class Signature:
             name, most = self._names[str(size)], graphs.longest(size)
             self.longest[name] = min(self.longest[name], UNLIMITED if most is None else most)
         counts = [value.numel() for node in graph.graph.nodes for value in graphs.output_tensors(node.meta.get("val"))]
-        self._counts = list({str(count): count for count in counts if isinstance(count, torch.SymInt)}.values())
+        self._counts: list[Any] = list({str(each): each for each in counts if isinstance(each, torch.SymInt)}.values())
 
     def checked(self, args: Iterable[Tensor], inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
         """The inputs of a call as compiled code reads them, and the sizes that names have in it.
@@ -93,7 +93,7 @@ class Signature:
         return ready, sizes
 
     def elements(self, sizes: Mapping[str, int]) -> int:
-        """How many numbers are in the largest tensor of dynamic size where the named sizes are these, if that is known."""
+        """How many numbers are in the largest tensor of dynamic size where the named sizes are these, if known."""
         known = {symbol: sizes[name] for symbol, name in self._names.items()}
         return max((graphs.evaluated(count, known) or 0 for count in self._counts), default=0)
 
