@@ -110,23 +110,25 @@ def main(
         "E": run.profile,
         "G": run.against_compile,
     }
-    for letter, needed in NEEDS.items():
-        name = f"part {letter}"
-        if letter in wanted and budget.allows(name, 0 if quick else needed):
-            say(f"{name} begins")
-            run.states.clear()
+    try:
+        for letter, needed in NEEDS.items():
+            name = f"part {letter}"
+            if letter in wanted and budget.allows(name, 0 if quick else needed):
+                say(f"{name} begins")
+                run.states.clear()
 
-            def carry_out(letter: str = letter) -> None:
-                result["parts"][letter] = ways[letter]()
+                def carry_out(letter: str = letter) -> None:
+                    result["parts"][letter] = ways[letter]()
 
-            if (failed := attempt(name, carry_out, say)) is not None:
-                budget.left_out[name] = failed
-            result["state"][name] = [*run.states, state(on)]
-            _write(json_file, result)
-            gc.collect()
-            if on.type == "cuda":
-                torch.cuda.empty_cache()
-    budget.is_over()
+                if (failed := attempt(name, carry_out, say)) is not None:
+                    budget.left_out[name] = failed
+                result["state"][name] = [*run.states, state(on)]
+                _write(json_file, result)
+                gc.collect()
+                if on.type == "cuda":
+                    torch.cuda.empty_cache()
+    finally:
+        budget.is_over()
     finish()
 
 

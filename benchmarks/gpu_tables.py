@@ -57,8 +57,9 @@ def print_throughput(table: Sequence[Mapping[str, Any]], found: Measurement) -> 
     for row in table:
         own = "" if row["precision"] == "bf16" else _percent(row["of_own"])
         figures = f"{row['per_second']:,.0f} | {row['tflops']:.1f} | {_percent(row['of_bf16'])} | {own}"
+        padding = f"{row['padding']:.1%}{', removed' if row['ours'] else ''}"
         print(
-            f"| {bold(row['name'])} | {row['batches']} | {row['padding']:.1%} | {figures} |"
+            f"| {bold(row['name'])} | {row['batches']} | {padding} | {figures} |"
             f" {interval(row['to_base'])} | {row['error']:.1e} |"
         )
     peaks = {name.removeprefix(PEAK): each for name, each in found.seconds.items() if name.startswith(PEAK)}
