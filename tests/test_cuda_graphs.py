@@ -17,7 +17,7 @@ from bert_evaluation.buckets import paddable
 from bert_evaluation.capturing import CHECKPOINT, longest_input, read, save, text_inputs
 from bert_evaluation.cuda_graphs import Replayed
 from bert_evaluation.errors import TransformationError
-from bert_evaluation.signature import MASK, Signature
+from bert_evaluation.signature import BATCH, MASK, Signature
 from bert_evaluation.transformation import Reassociates, history, promise_of
 from bert_evaluation.transformations import (
     PRESETS,
@@ -158,6 +158,15 @@ def test_the_recording_that_was_not_used_for_longest_goes(bert, bert_graph, reco
         inputs = inputs_of(bert, 1, length)
         assert distance(bert_graph(**inputs), calls(**inputs), inputs[MASK].bool()) < 1e-5
         assert recorder.recorded == recorded
+
+
+def test_large_inputs_are_not_recorded(bert, bert_graph, calls, recorder, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "LARGE", 60)
+    for length, recorded in ((20, 1), (21, 1)):
+        inputs = inputs_of(bert, 3, length)
+        assert distance(bert_graph(**inputs), calls(**inputs), inputs[MASK].bool()) < 1e-5
+        assert recorder.recorded == recorded
+    assert calls.seen[-1]["input_ids"].shape == (3, 21)
 
 
 def test_what_cannot_be_recorded_is_told_in_a_sentence_and_tried_again(bert, bert_graph, recorder, monkeypatch):
@@ -329,3 +338,148 @@ def test_it_refuses_what_cannot_be_recorded(bert_graph):
         "unpad_default waits for the device to count its tokens, and what waits cannot be recorded;"
         " apply Compile() without cuda_graphs, or leave RemovePadding out."
     )
+
+
+# On a GPU, as it is.
+
+
+@pytest.fixture(scope="module")
+def on_cuda():
+    """A model, its graph, that compiled, and that compiled with CUDA graphs."""
+    model = tiny("bert").cuda()
+    plain = parse_recipe("exact", REGISTRY, PRESETS)(capture(model))
+    steps = Compile(), Compile(cuda_graphs=True)
+    found = [step(graphs.fork(plain)) for step in steps]
+    assert [step.report.refused for step in steps] == [(), ()]
+    compiled.prepare(found)
+    return model, plain, *found
+
+
+@pytest.fixture
+def replays(on_cuda):
+    """Makes what replays the graph that is compiled already."""
+    _, plain, compiled_graph, _ = on_cuda
+    signature = Signature(plain)
+
+    def make(recorder, limit=cuda_graphs.LIMIT):
+        replayed = Replayed(
+            lambda **inputs: compiled_graph(**inputs), signature, paddable(plain, signature), recorder, limit
+        )
+        return lambda **inputs: replayed(*signature.checked((), inputs))
+
+    return make
+
+
+DEVICE = torch.device("cuda", 0)
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_replays_are_the_compiled_graph(on_cuda):
+    model, plain, compiled_graph, replaying = on_cuda
+    modes = itertools.cycle((torch.inference_mode, torch.no_grad, torch.enable_grad))
+    for (batch, length), mode in zip((*SHAPES, *SHAPES), modes, strict=False):
+        inputs = inputs_of(model, batch, length)
+        real = inputs[MASK].bool()
+        with mode():
+            found = replaying(**inputs)
+            assert found.start_logits.shape == (batch, length)
+            assert distance(plain(**inputs), found, real) < 1e-3
+            assert distance(compiled_graph(**inputs), found, real) < 1e-3
+    inputs = inputs_of(model, 3, 19)
+    inputs[MASK][1] = 0
+    assert distance(plain(**inputs), replaying(**inputs), inputs[MASK].bool()) < 1e-3
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_the_promise_is_kept_and_the_graph_can_be_saved_and_given_back(tmp_path, on_cuda):
+    model, plain, compiled_graph, replaying = on_cuda
+    assert promise_of(replaying) == Reassociates(where=MASK)
+    reference = observe(model)
+    for graph in (compiled_graph, replaying):
+        verdict = check(reference, graph)
+        assert verdict.kept, verdict
+    inputs = inputs_of(model, 2, 9)
+    save(replaying, tmp_path / "graph.pt2")
+    assert distance(plain(**inputs), read(tmp_path / "graph.pt2")(**inputs)) < 1e-3
+    restored = Compile(cuda_graphs=True)(graphs.fork(replaying), reverse=True)
+    assert graphs.stand_in(restored) is None
+    assert graphs.graph_hash(restored) == graphs.graph_hash(plain)
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_recordings_go_and_come_back_and_memory_does_not_grow(on_cuda, replays):
+    model, plain, *_ = on_cuda
+    call = replays(cuda_graphs.CudaRecorder(DEVICE), limit=2)
+    batches = [inputs_of(model, 1, length) for length in (5, 40, 70, 100, 5)]
+    used = []
+    with torch.no_grad():
+        expected = [plain(**inputs) for inputs in batches]
+        for _ in range(4):
+            for inputs, right in zip(batches, expected, strict=True):
+                assert distance(right, call(**inputs), inputs[MASK].bool()) < 1e-3
+            torch.cuda.synchronize()
+            used.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+        for _ in range(500):
+            call(**batches[-1])
+        torch.cuda.synchronize()
+        used.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    for later in used[2:]:
+        assert later[0] <= used[1][0]
+        assert later[1] <= used[1][1]
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_threads_and_streams_take_turns(on_cuda, replays):
+    model, plain, *_ = on_cuda
+    call = replays(cuda_graphs.CudaRecorder(DEVICE))
+    batches = [inputs_of(model, 1 + number % 3, 30 * (number + 1)) for number in range(6)]
+    with torch.no_grad():
+        expected = [plain(**inputs) for inputs in batches]
+    torch.cuda.synchronize()
+
+    def off(number):
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            which = number % len(batches)
+            return distance(expected[which], call(**batches[which]), batches[which][MASK].bool())
+
+    assert max(map(off, range(len(batches)))) < 1e-3  # recorded, each on a stream
+    with ThreadPoolExecutor(2) as workers:
+        assert max(workers.map(off, range(60))) < 1e-3
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_it_is_refused_behind_remove_padding(on_cuda):
+    model, *_ = on_cuda
+    graph = compose(RemoveDropout(), FuseAttention(), RemovePadding(), Compile(cuda_graphs=True))(capture(model))
+    assert graphs.stand_in(graph) is None
+    assert "waits for the device to count its tokens" in history(graph)[-1].report.refused[0].reason
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_a_recording_that_fails_says_why_and_others_go_on(on_cuda, replays):
+    model, plain, *_ = on_cuda
+    recorder = cuda_graphs.CudaRecorder(DEVICE)
+    call, inputs = replays(recorder), inputs_of(model, 1, 9)
+    assert distance(plain(**inputs), call(**inputs), inputs[MASK].bool()) < 1e-3
+    graph = capture(Waits().cuda(), {"x": torch.ones(2, 3, device="cuda")})
+    failing = Replayed(Waits(), Signature(graph), {}, recorder)
+    with pytest.raises(TransformationError, match="cannot be recorded as a CUDA graph"):
+        failing({"x": torch.ones(2, 3, device="cuda")}, {BATCH: 2})
+    for length in (9, 40):  # recorded before, and anew
+        inputs = inputs_of(model, 1, length)
+        assert distance(plain(**inputs), call(**inputs), inputs[MASK].bool()) < 1e-3
+
+
+class Waits(nn.Module):
+    """Waits for the device, but not where it is captured."""
+
+    def forward(self, x):
+        if not torch.compiler.is_exporting():
+            x.sum().item()
+        return x + 1

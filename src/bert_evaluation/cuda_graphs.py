@@ -4,6 +4,7 @@ A CUDA graph works on the addresses and sizes that it was recorded with. So ther
 inputs of its own, into which those of a call are copied, and out of whose outputs the results are cut.
 """
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,9 @@ from bert_evaluation.errors import TransformationError
 from bert_evaluation.graph import GraphModule
 from bert_evaluation.signature import Signature, Sizes
 
+# Of more tokens than these each kernel is at work for longer than it takes to launch the next one: there is nothing to
+# be won, and what is rounded up costs.
+LARGE = 8192
 LIMIT = 64  # recordings that are kept; each has its inputs and outputs, and what the driver takes for it
 WARM_UP = 3  # calls in front of a recording, in which kernels are loaded and libraries make their workspaces
 Key = tuple[int, ...]
@@ -93,7 +97,7 @@ class Replayed:
     """A function of tensors by name, called by replaying what was recorded; from any number of threads, one at a time.
 
     `most` says which sizes are rounded up, so that shapes share a recording, and how far; `limit` is how many of those
-    are kept: the one that was not used for longest goes. Outputs are the caller's own.
+    are kept: the one that was not used for longest goes. Outputs are the caller's own. Large inputs are not recorded.
     """
 
     def __init__(
@@ -110,7 +114,9 @@ class Replayed:
         self._lock = threading.Lock()
 
     def __call__(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Any:
-        """What the function would return for inputs of these sizes. TransformationError if it cannot be recorded."""
+        """What the function returns for inputs of these sizes. Raises TransformationError if it cannot be recorded."""
+        if math.prod(sizes.values()) > LARGE:
+            return self._function(**inputs)
         whole = bucket(sizes, self._most)
         key = tuple(whole.values())
         with self._lock:

@@ -93,7 +93,7 @@ class Signature:
         return ready, sizes
 
     def elements(self, sizes: Mapping[str, int]) -> int:
-        """How many numbers are in the largest tensor of dynamic size where the named sizes are these, if known."""
+        """How many numbers the largest tensor of dynamic size has where the named sizes are these, if that is known."""
         known = {symbol: sizes[name] for symbol, name in self._names.items()}
         return max((graphs.evaluated(count, known) or 0 for count in self._counts), default=0)
 

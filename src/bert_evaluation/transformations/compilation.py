@@ -28,7 +28,7 @@ class Compile(ReversibleTransformation):
     minutes. With `cuda_graphs` they are not launched one by one: a call replays what was recorded for a bucket of
     shapes, with batch and length rounded up, by less than a quarter or to 32 tokens. The mask hides the padding, but
     from rows without a real token: nothing is promised where it is 0. Where it would not hide it, shapes are recorded
-    as they are. Recordings have memory of their own, and there are up to 64.
+    as they are. Recordings have memory of their own; there are up to 64, and none for more than 8192 tokens.
     """
 
     promise: Promise = Reassociates()
