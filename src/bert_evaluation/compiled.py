@@ -152,7 +152,7 @@ class Compiled:
         place = next(graphs.calls(self._graph, varlen.UNPAD), None)
         if place is None:
             return self._compiled(self._graph, self._signature)
-        # How many tokens are packed, Inductor takes for any number, and fuses little. So they are packed in front of it,
+        # How many tokens are packed, Inductor would take for any number, and fuse little. So they are packed before it,
         # and it is given a size like others.
         first, rest = cut(self._graph, place)
         function, restore = self._compiled(rest, Signature(rest)), self._graph.graph.process_outputs

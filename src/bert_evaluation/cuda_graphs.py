@@ -71,6 +71,9 @@ class CudaRecorder:
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP):
                 call()
+            # A recording keeps its own memory, but not the workspace that cuBLAS was given before it. That one may go:
+            # CUDA graphs of torch.compile's own, made in the same process, free it.
+            torch._C._cuda_clearCublasWorkspaces()
             try:
                 # It waits for the device first: what was replayed before has ended, and may be forgotten after.
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
