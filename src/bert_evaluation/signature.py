@@ -76,7 +76,8 @@ class Signature:
         for size in (size for value in values.values() for size in value.shape if str(size) in self._names):
             name, most = self._names[str(size)], graphs.longest(size)
             self.longest[name] = min(self.longest[name], UNLIMITED if most is None else most)
-        counts = [value.numel() for node in graph.graph.nodes for value in graphs.output_tensors(node.meta.get("val"))]
+        results = [value for node in graph.graph.nodes for value in graphs.output_tensors(node.meta.get("val"))]
+        counts: list[Any] = [value.numel() for value in results]
         self._counts = list({str(count): count for count in counts if isinstance(count, torch.SymInt)}.values())
 
     def checked(self, args: Iterable[Tensor], inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
