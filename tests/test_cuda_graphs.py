@@ -1,8 +1,10 @@
 """Recordings: which calls share one, what is copied in and out, and (where there is a GPU) that they are right."""
 
+import contextlib
 import copy
 import itertools
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -205,6 +207,62 @@ def test_threads_take_turns(bert, bert_graph, recorder):
         assert max(workers.map(off, 4 * list(range(8)))) < 1e-5
 
 
+class Stream:
+    """Stands in for a stream; keeps what it has waited for."""
+
+    def __init__(self, device=None):
+        self.waited_for = []
+
+    def wait_stream(self, other):
+        self.waited_for.append(other)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Two streams, in a list whose first is the current one."""
+    found = [Stream(), Stream()]
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: found[0])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay="replay"))
+    return found
+
+
+def test_a_stream_waits_for_another_that_was_used_before(streams):
+    recorder, (one, other) = cuda_graphs.CudaRecorder("cuda"), streams
+    for current, waited_for in ((one, []), (other, [one]), (other, [one]), (one, [other])):
+        streams[0] = current
+        recorder.follow()
+        assert current.waited_for == waited_for
+
+
+def test_what_is_said_of_a_failure_is_where_it_began(streams, monkeypatch):
+    @contextlib.contextmanager
+    def capturing(graph, pool, stream, capture_error_mode):
+        try:
+            yield
+        finally:
+            if failing:
+                raise RuntimeError("the capture was invalidated")
+
+    def call():
+        calls.append(len(calls))
+        if failing and calls[-1] == cuda_graphs.WARM_UP:
+            raise RuntimeError("not permitted while capturing")
+        return calls[-1]
+
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    recorder, failing, calls = cuda_graphs.CudaRecorder("cuda"), True, []
+    before = recorder._stream, recorder._pool
+    with pytest.raises(RuntimeError, match="not permitted while capturing"):
+        recorder.record(call)
+    assert before[0] is not recorder._stream
+    assert before[1] is not recorder._pool
+    failing, calls = False, []
+    assert recorder.record(call) == ("replay", cuda_graphs.WARM_UP)
+
+
 def test_without_a_mask_each_shape_is_recorded_as_it_is(recorder):
     class Doubled(nn.Module):
         def forward(self, x):
@@ -254,9 +312,10 @@ def test_the_promise_is_kept_in_every_family(family):
 @pytest.mark.parametrize("kind", ["BertForSequenceClassification", "BertModel", "RobertaForTokenClassification"])
 @pytest.mark.usefixtures("made_up")
 def test_the_promise_is_kept_where_a_row_has_one_result(kind):
+    """Where attention is written out, a row without a real token attends to all tokens alike, the bucket's too."""
     made = getattr(transformers, kind)
     torch.manual_seed(0)
-    model = made(made.config_class(**SIZES | {"num_labels": 3})).eval()
+    model = made(made.config_class(**SIZES | {"num_labels": 3, "attn_implementation": "eager"})).eval()
     graph = replaying(model)
     assert promise_of(graph) == Reassociates(where=MASK)
     verdict = check(observe(model), graph)

@@ -76,8 +76,9 @@ class Signature:
         for size in (size for value in values.values() for size in value.shape if str(size) in self._names):
             name, most = self._names[str(size)], graphs.longest(size)
             self.longest[name] = min(self.longest[name], UNLIMITED if most is None else most)
-        counts = [value.numel() for node in graph.graph.nodes for value in graphs.output_tensors(node.meta.get("val"))]
-        self._counts: list[Any] = list({str(each): each for each in counts if isinstance(each, torch.SymInt)}.values())
+        results = [value for node in graph.graph.nodes for value in graphs.output_tensors(node.meta.get("val"))]
+        counts: list[Any] = [value.numel() for value in results]
+        self._counts = list({str(count): count for count in counts if isinstance(count, torch.SymInt)}.values())
 
     def checked(self, args: Iterable[Tensor], inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
         """The inputs of a call as compiled code reads them, and the sizes that names have in it.

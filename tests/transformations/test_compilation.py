@@ -6,6 +6,7 @@ import torch
 from families import tiny
 
 from bert_evaluation import capture, compose, measure
+from bert_evaluation import compiled as compiled_graphs
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import read, save, text_inputs
 from bert_evaluation.errors import TransformationError
@@ -114,6 +115,9 @@ def test_what_does_not_fit_is_an_error_and_never_read(bert, compiled):
         compiled(**inputs | {"input_ids": inputs["input_ids"].int()})
     with pytest.raises(ValueError, match="without token_type_ids"):
         compiled(inputs["input_ids"], inputs["attention_mask"])
+    # Behind the end of what positions are counted with, anything may lie.
+    with pytest.raises(ValueError, match=r"The graph reads a length of 530 at most, not of 531\."):
+        compiled(**inputs_of(bert, 1, 531))
     # In a loop of Inductor's own, this would end the process.
     with pytest.raises(RuntimeError):
         compiled(**inputs | {"input_ids": inputs["input_ids"] + 1000})
@@ -205,8 +209,21 @@ def test_it_refuses_what_it_cannot_compile(bert_graph, monkeypatch):
     assert reason(on_mps) == "Compile is for cpu and cuda, and the graph is on mps:0."
     next(iter(unknown.graph.find_nodes(op="placeholder"))).meta.pop("val")
     assert reason(unknown) == "The graph does not know the shape of its input input_ids."
+    on_cuda = graphs.fork(bert_graph)
+    for node in on_cuda.graph.find_nodes(op="placeholder"):
+        node.meta["val"] = node.meta["val"].new_empty(node.meta["val"].shape, device="cuda")
+    monkeypatch.setattr(compiled_graphs, "find_spec", lambda name: None)
+    assert reason(on_cuda) == "triton, which TorchInductor writes kernels for CUDA in, is not installed."
+    monkeypatch.undo()
+    monkeypatch.setattr(compiled_graphs, "find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert reason(on_cuda) == (
+        "Triton needs a C compiler, and no-such-compiler is not there; install it, or name another as CC."
+    )
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no-such-compiler is not there" in reason(graphs.fork(bert_graph))
+    assert reason(graphs.fork(bert_graph)) == (
+        "TorchInductor needs a C++ compiler, and no-such-compiler is not there; install it, or name another as CXX."
+    )
 
 
 def test_it_refuses_a_graph_that_writes_into_its_inputs():
@@ -236,6 +253,22 @@ def test_other_families(family):
     graph = Compile()(capture(model))
     verdict = check(observe(model), graph)
     assert verdict.kept, verdict
+
+
+@pytest.mark.slow
+def test_an_operator_that_is_made_of_others_is_taken_as_such():
+    library = torch.library.Library("made_up", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+    library.impl("twice", lambda x: x + x, "CompositeImplicitAutograd")
+    graph = capture(torch.nn.Linear(4, 3), {"input": torch.ones(2, 4)})
+    (node,) = graphs.calls(graph, torch.ops.aten.linear.default)
+    with graph.graph.inserting_after(node):
+        after = graph.graph.call_function(torch.ops.made_up.twice.default, (node,))
+    node.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
+    after.meta["val"] = node.meta["val"]
+    graph.recompile()
+    x = torch.randn(5, 4)
+    assert torch.allclose(Compile()(graphs.fork(graph))(input=x), graph(input=x), atol=1e-6)
 
 
 @pytest.mark.slow
