@@ -1,5 +1,6 @@
 """Padding goes: what is computed for each token is computed for real tokens only."""
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +127,11 @@ def _entry(first: Attention) -> Node:
     entry = first.splits[0].args[0]
     assert isinstance(entry, Node)
     while is_position_wise(entry):
-        sources = [node for node in entry.all_input_nodes if node.op != "get_attr"]
+        # Two parts of what one node returns are one source.
+        whole = {
+            each: each.all_input_nodes[0] if each.target is operator.getitem else each for each in entry.all_input_nodes
+        }
+        sources = list(dict.fromkeys(each for each in whole.values() if each.op != "get_attr"))
         if len(sources) != 1 or shapes(sources[0])[0][:2] != shapes(entry)[0][:2]:
             break
         entry = sources[0]
