@@ -27,6 +27,7 @@ LARGE = 8192
 LIMIT = 64  # recordings that are kept; each has its inputs and outputs, and what the driver takes for it
 WARM_UP = 3  # calls in front of a recording, in which kernels are loaded and libraries make their workspaces
 Key = tuple[int, ...]
+_RECORDING = threading.Lock()  # CUDA records one graph at a time in a process
 
 
 def why_not(graph: GraphModule) -> str | None:
@@ -68,7 +69,7 @@ class CudaRecorder:
         """Call it a few times, and once more to record it. Other threads may use the device, but not wait for it."""
         graph, reason = torch.cuda.CUDAGraph(), None
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        with _RECORDING, torch.cuda.stream(self._stream):
             for _ in range(WARM_UP):
                 call()
             # A recording keeps its own memory, but not the workspace that cuBLAS was given before it. That one may go:
