@@ -46,9 +46,14 @@ def run(*arguments):
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())
 
 
+def heed_ctrl_c():
+    """What a shell runs in the background ignores Ctrl-C, with all that it starts: tests too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*arguments):
-    command = [*PROGRAM, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OFFLINE)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*PROGRAM, *map(str, arguments)], **streams, env=OFFLINE, preexec_fn=heed_ctrl_c)
 
 
 def says(result, code, *parts):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from bert_evaluation import kernels, onednn
 from bert_evaluation.errors import CaptureError
-from bert_evaluation.graph import GraphModule
+from bert_evaluation.graph import GraphModule, Node
 
+aten = torch.ops.aten
 DYNAMIC = torch.export.Dim.DYNAMIC
 CHECKPOINT = "bert_evaluation.checkpoint"  # key in GraphModule.meta: the name of the model's, and its longest input
 
@@ -120,6 +121,13 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], shapes: Mapping[str
 def _plain(exported: torch.export.ExportedProgram) -> GraphModule:
     # Without guards, since those would refuse sizes of 1, which every operator handles.
     unlifted = exported.module(check_guards=False)
+    # A tensor that the model makes of a number is a fresh copy, of which autograd is told that it is one: to no effect,
+    # but as a call that writes in place it would never be dead.
+    for node in unlifted.graph.find_nodes(op="call_function", target=aten.detach_.default):
+        made = node.args[0]
+        if isinstance(made, Node) and made.target is aten.lift_fresh_copy.default:
+            node.replace_all_uses_with(made)
+            unlifted.graph.erase_node(node)
     unlifted.graph.eliminate_dead_code()
     return GraphModule(unlifted, unlifted.graph, "Captured").eval()
 

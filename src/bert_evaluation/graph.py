@@ -140,8 +140,6 @@ def is_random(node: Node) -> bool:
 
 def is_pure(node: Node) -> bool:
     """Whether all that the node does is to return what its arguments determine."""
-    if node.target is aten.detach_.default:  # it tells autograd something and writes into no tensor
-        return True
     known = hasattr(node.target, "_schema") or getattr(node.target, "__module__", None) in ("_operator", "math")
     undefined = getattr(node.target, "overloadpacket", None) in UNDEFINED
     return known and not undefined and not is_mutable(node) and not is_random(node)

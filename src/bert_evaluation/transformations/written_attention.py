@@ -40,7 +40,7 @@ _BEFORE_PRODUCT = (DROPOUT, *VIEWS, *PASSES, *SCALES, *ADDS, *FILLS, *WHERES, at
 _LIKE_PRODUCTS = (*PRODUCTS, aten.einsum.default, aten.mm.default, aten.baddbmm.default)
 # What constants are computed with, such as the square root of a head's width.
 _OF_CONSTANTS = (
-    *(aten.lift_fresh_copy.default, aten.detach_.default, aten.sqrt.default, aten.rsqrt.default),
+    *(aten.lift_fresh_copy.default, aten.sqrt.default, aten.rsqrt.default),
     *(aten.full.default, aten.scalar_tensor.default, *PASSES, *SCALES),
 )
 
@@ -99,7 +99,7 @@ def constant(value: Any) -> float | None:
 def _is_constant(node: Node) -> bool:
     if "val" not in node.meta and node.op != "get_attr":
         return False
-    if any(graphs.is_mutable(user) and user.target is not aten.detach_.default for user in node.users):
+    if any(map(graphs.is_mutable, node.users)):
         return False
     if node.op == "get_attr":
         return not isinstance(tensor_of(node), nn.Parameter)
