@@ -28,7 +28,7 @@ def pad(packed: Tensor, mask: Tensor) -> Tensor:
         return packed.new_zeros(*mask.shape, *packed.shape[2:])
     # Without asking which tokens are real: a GPU would have to be waited for, once more.
     places = (real.flatten().cumsum(0) - 1).clamp_min(0).view(mask.shape)
-    return packed[0, places].masked_fill(~real.unsqueeze(-1), 0)
+    return packed[0, places].masked_fill(~real.view(*mask.shape, *[1] * (packed.dim() - 2)), 0)
 
 
 @torch.library.custom_op("bert_evaluation::offsets", mutates_args=())
