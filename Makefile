@@ -31,9 +31,12 @@ test: setup
 test-quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m 'not slow'
 
-# The lowest versions that pyproject.toml allows, but for torch's.
+# The lowest versions that pyproject.toml allows, but for torch's: quick tests of what calls the other packages.
+CALLERS = tests/squad tests/report tests/test_capturing.py tests/test_checkpoints.py tests/test_cli.py \
+	tests/test_family_tokenizers.py tests/test_requirements.py tests/test_stats.py tests/test_store.py
+
 test-lowest: $(LOWEST_READY)
-	OMP_NUM_THREADS=1 $(LOWEST)/python $(PYTEST) -m 'not slow'
+	OMP_NUM_THREADS=1 $(LOWEST)/python $(PYTEST) -m 'not slow' $(CALLERS)
 
 lint: setup
 	$(BIN)/ruff format --check .
