@@ -1,7 +1,7 @@
-"""Operators of our own for CPUs with AVX-512 or AMX, in C++; elsewhere their equals in plain PyTorch.
+"""Operators of our own for CPUs with AVX2, AVX-512 or AMX, in C++; elsewhere their equals in plain PyTorch.
 
 `LINEAR` is a linear layer with what follows it (activation, residual, LayerNorm), on bfloat16, int8 or float32;
-`ATTENTION` that of sequences to themselves, in bfloat16, and on an NVIDIA GPU, there in Triton, in float16 too;
+`ATTENTION` that of sequences to themselves, in bfloat16 or float32, and on an NVIDIA GPU, in Triton, in 16 bits;
 `PACKED_ATTENTION` the same of sequences without padding, on a CPU.
 `reference.py` says what they compute. Each has a twin that is always plain PyTorch, for runs in float64.
 """
@@ -26,12 +26,13 @@ SCHEMAS = {
     "attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt heads, float scale) -> Tensor",
     "packed_attention": "(Tensor query, Tensor key, Tensor value, Tensor mask, SymInt heads, float scale) -> Tensor",
 }
-# By the type of a weight: the instruction that multiplies it, as torch and as people call it.
+# By the type of a weight: what multiplies it on a processor with AVX-512, as torch and as people call it.
 INSTRUCTIONS = {
     torch.int8: ("avx512_vnni", "VNNI"),
     torch.bfloat16: ("avx512_bf16", "AVX-512 with BF16"),
     torch.float32: ("amx_tile", "AMX, without which products of bfloat16 are no faster than those of float32"),
 }
+TYPES_OF_ATTENTION = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16, torch.float16)}
 
 
 def why_not(kind: torch.dtype, device: torch.device) -> str | None:
@@ -40,25 +41,37 @@ def why_not(kind: torch.dtype, device: torch.device) -> str | None:
         return f"The kernels are for a CPU, and the graph is on {device}."
     name, called = INSTRUCTIONS[kind]
     able = torch.cpu.get_capabilities()
-    if not (able.get("avx512_f") and able.get(name)):
+    if not able.get("avx2"):
+        return "This processor has no AVX2."
+    if _on_avx512() and not able.get(name):
         return f"This processor has no {called}."
     if (reason := why_not_built()) is not None:
         return reason
-    if kind is torch.float32 and not torch.ops.bert_evaluation.uses_amx():
+    if _on_avx512() and kind is torch.float32 and not torch.ops.bert_evaluation.uses_amx():
         return "The system, or BERT_EVALUATION_AMX=0, keeps this process from AMX, which float32 needs to be faster."
     return None
 
 
+def _on_avx512() -> bool:
+    """Whether what is compiled here is for AVX-512; else it is for AVX2 (see `simd.h`)."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_f") and able.get("avx512_vnni"))
+
+
 def why_no_attention(kind: torch.dtype, width: int, device: torch.device) -> str | None:
     """Why there is no kernel for attention in this type with heads of this width, if so."""
-    on_cuda = device.type == "cuda"
-    if kind is not torch.bfloat16 and not (on_cuda and kind is torch.float16):
-        return f"It computes in {kind}; the kernels are for bfloat16{' and float16' if on_cuda else ''}."
-    if not on_cuda:
-        return "A head's width is odd." if width % 2 else why_not(torch.bfloat16, device)
-    if width not in varlen.WIDTHS:
-        return f"Its heads are {width} wide; the kernel is for widths of {', '.join(map(str, varlen.WIDTHS))}."
-    return "triton, which the kernel is written in, is not installed." if find_spec("triton") is None else None
+    types = TYPES_OF_ATTENTION["cuda" if device.type == "cuda" else "cpu"]
+    if kind not in types:
+        return f"It computes in {kind}; the kernels are for {' and '.join(str(each)[6:] for each in types)}."
+    if device.type == "cuda":
+        if width not in varlen.WIDTHS:
+            return f"Its heads are {width} wide; the kernel is for widths of {', '.join(map(str, varlen.WIDTHS))}."
+        return "triton, which the kernel is written in, is not installed." if find_spec("triton") is None else None
+    if width % 2:
+        return "A head's width is odd."
+    if kind is torch.float32 and _on_avx512():
+        return "Attention's kernel in float32 is for AVX2; on AVX-512 it has not been measured against torch's."
+    return why_not(kind, device)
 
 
 def prepare(graph: GraphModule) -> GraphModule:

@@ -6,24 +6,31 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 #include <bit>
 #include <cstring>
 #include <limits>
 #include <optional>
+#include "endings.h"
+#include "equal.h"
+#include "share.h"
 #include "tiles.h"
 
 namespace bert_evaluation {
 namespace {
 
-constexpr int64_t kBlock = 128;  // rows whose numbers and sums stay in the second-level cache
+// Rows, and steps, whose numbers and sums stay in the second-level cache.
+#ifdef BERT_EVALUATION_AVX512
+constexpr int64_t kBlock = 128;
+template <class Kind> constexpr int64_t kSteps = 1 << 20;
+#else
+constexpr int64_t kBlock = 128;
+template <class Kind> constexpr int64_t kSteps = 24;
+#endif
 // Of float32: rows for which so many bytes of panels, in so many steps, are split.
 constexpr int64_t kSplitBlock = 512, kSplit = 1 << 20, kSplitSteps = 24;
-constexpr int64_t kFew = 48;  // rows of float32 that are not worth it
+constexpr int64_t kFew = 48;  // rows of float32 that are not worth it: to split the panels would take longer
 constexpr float kLargest = 127;
-
-enum class Activation { none, gelu, gelu_tanh, relu };
 
 struct Arguments {
   int64_t rows, inputs, outputs, stride;  // stride: of x, in numbers
@@ -36,112 +43,61 @@ struct Arguments {
   float eps;
 };
 
-template <class T> inline __m512 activate(__m512 x, Activation activation) {
-  switch (activation) {
-    case Activation::gelu: return std::is_same_v<T, float> ? exact_gelu(x) : gelu(x);  // T is what is returned
-    case Activation::gelu_tanh: {
-      __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-      __m512 inner = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
-      __m512 power = exp2(_mm512_min_ps(_mm512_mul_ps(inner, _mm512_set1_ps(-1.59576912f * kLog2E)), _mm512_set1_ps(200.f)));
-      return _mm512_div_ps(x, _mm512_add_ps(power, _mm512_set1_ps(1.f)));
-    }
-    case Activation::relu: return _mm512_max_ps(_mm512_setzero_ps(), x);  // the second of them if one is NaN
-    default: return x;
-  }
-}
-
-
-// What a step of a row is worth. The largest is found among the bits, whose order is that of numbers without a sign; NaN
-// is above all.
+// What a step of a row is worth. NaN is above all.
 template <class T> float step_of(const T* x, int64_t inputs) {
-  __m512i largest = _mm512_setzero_si512();
-  for (int64_t k = 0; k < inputs; k += kLanes)
-    largest = _mm512_max_epu32(largest, _mm512_castps_si512(_mm512_abs_ps(load(x + k, first(inputs - k)))));
-  return std::max(std::bit_cast<float>(_mm512_reduce_max_epu32(largest)), kLargest * std::numeric_limits<float>::min()) / kLargest;
+  Floats most;
+  for (int64_t k = 0; k < inputs; k += kLanes) most = max_bits(most, abs(load(x + k, inputs - k)));
+  return std::max(std::bit_cast<float>(largest_bits(most)), kLargest * std::numeric_limits<float>::min()) / kLargest;
 }
 
 template <class Kind, class T>
 struct Linear {
+  using left = typename Kind::left;
+  using sum = typename Kind::sum;
+  static constexpr bool is_int8 = std::is_same_v<Kind, Int8>, is_split = std::is_same_v<Kind, SplitFloat32>;
+  static constexpr int64_t part = kTile * row_step<Kind>;  // bytes of 32 rows in a step
   const Arguments& of;
-  const int64_t padded = up(of.inputs, kStep / sizeof(typename Kind::number));
-  const int64_t steps = padded * sizeof(typename Kind::number) / kStep, panel = steps * kPanelStep;
-  const int64_t tile_bytes = steps * Kind::parts * kTile * kStep;  // of 32 rows
-  static constexpr bool is_int8 = std::is_same_v<Kind, Int8>, is_float32 = std::is_same_v<Kind, Float32>;
-  // bfloat16 is read where it lies, but for rows that end no tile or no step.
-  const bool in_place = std::is_same_v<Kind, Bf16> && std::is_same_v<T, bfloat16> && padded == of.inputs;
+  const int64_t steps = up(of.inputs, Kind::step) / Kind::step, panel = steps * panel_step<Kind>;
+  const int64_t tile_bytes = steps * Kind::parts * part;
+  // Rows are read where they lie if they are what is multiplied, but for those that end no tile or no step.
+  const bool in_place = std::is_same_v<T, left> && of.inputs % Kind::step == 0;
 
   const T* x(int64_t row) const { return (const T*)of.x + row * of.stride; }
 
-  // Rows as the products read them: for 32 of them, step after step, and in that part after part, 64 bytes of each. There
-  // are zeros behind the last number and the last row.
+  // Rows as the products read them: for 32 of them, step after step, and in that part after part. There are zeros behind
+  // the last number and the last row.
   void prepare(int64_t begin, int64_t end, char* to, float* scales) const {
-    constexpr int64_t numbers = kStep / sizeof(typename Kind::number), part = kTile * numbers;
     for (int64_t row = begin; row < end; row++) {
       const bool there = row < of.rows;
       const T* from = x(there ? row : 0);
-      [[maybe_unused]] __m512 inverse;
+      Floats inverse = 1.f;
       if constexpr (is_int8) {
         *scales = there ? step_of(from, of.inputs) : 1;
-        inverse = _mm512_set1_ps(1 / *scales++);
+        inverse = 1 / *scales++;
       }
-      auto* place = (typename Kind::number*)(to + (row / kTile - begin / kTile) * tile_bytes) + row % kTile * numbers;
-      for (int64_t step = 0; step < steps; step++, place += Kind::parts * part)
-        for (int64_t k = 0; k < numbers; k += kLanes) {
-          __m512 y = load(from + step * numbers + k, there ? first(of.inputs - step * numbers - k) : 0);
-          if constexpr (is_float32) split(y, place + k, part);
-          else if constexpr (is_int8)
-            _mm_storeu_si128((__m128i*)(place + k), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(y, inverse))));
-          else store(place + k, y, 0xffff);
-        }
+      auto* place = (left*)(to + (row / kTile - begin / kTile) * tile_bytes + row % kTile * row_step<Kind>);
+      for (int64_t k = 0; k < steps * Kind::step; k += kLanes, place += kLanes) {
+        if (k && k % Kind::step == 0) place += (Kind::parts * part - row_step<Kind>) / sizeof(left);
+        const Floats y = load(from + k, there ? of.inputs - k : 0);
+        if constexpr (is_split) split(y, place, part / sizeof(left));
+        else if constexpr (is_int8) store(place, y * inverse);
+        else store(place, y);
+      }
     }
   }
 
   // One row of a tile of sums, from column `column` on, to where it belongs: `to` or, in float32, `sums`.
-  void finish(const typename Kind::sum* from, int64_t row, int64_t column, float scale, float* sums) const {
+  void finish(const sum* from, int64_t row, int64_t column, float scale, float* sums) const {
     for (int half = 0; half < 2; half++, from += kLanes, column += kLanes) {
-      __mmask16 mask = first(of.outputs - column);
-      __m512 y;
-      if constexpr (is_int8)
-        y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(from)),
-                          _mm512_mul_ps(_mm512_set1_ps(scale), load(of.scales + column, mask)));
-      else
-        y = _mm512_load_ps(from);
-      if (of.bias) y = _mm512_add_ps(y, load(of.bias + column, mask));
+      const int64_t lanes = of.outputs - column, place = row * of.outputs + column;
+      Floats y = load(from);
+      if constexpr (is_int8) y = y * (load(of.scales + column, lanes) * scale);
+      if (of.bias) y = y + load(of.bias + column, lanes);
       y = activate<T>(y, of.activation);
-      int64_t place = row * of.outputs + column;
-      if (of.residual) y = _mm512_add_ps(y, load((const T*)of.residual + place, mask));
-      if (sums) store(sums + column, y, mask);
-      else store((T*)of.result + place, y, mask);
+      if (of.residual) y = y + load((const T*)of.residual + place, lanes);
+      if (sums) store(sums + column, y, lanes);
+      else store((T*)of.result + place, y, lanes);
     }
-  }
-
-  // In two passes, each with four chains of sums, which do not wait for each other.
-  void norm(const float* sums, int64_t row) const {
-    constexpr int kChains = 4;
-    __m512 totals[kChains] = {}, squares[kChains] = {};
-    const int64_t size = of.outputs;
-    for (int64_t k = 0; k < size; k += kChains * kLanes)
-      for (int i = 0; i < kChains; i++)
-        totals[i] = _mm512_add_ps(totals[i], load(sums + k + i * kLanes, first(size - k - i * kLanes)));
-    __m512 mean = _mm512_set1_ps(sum(totals) / size);
-    for (int64_t k = 0; k < size; k += kChains * kLanes)
-      for (int i = 0; i < kChains; i++) {
-        __mmask16 mask = first(size - k - i * kLanes);
-        __m512 off = _mm512_maskz_sub_ps(mask, load(sums + k + i * kLanes, mask), mean);
-        squares[i] = _mm512_fmadd_ps(off, off, squares[i]);
-      }
-    __m512 scale = _mm512_set1_ps(1 / std::sqrt(sum(squares) / size + of.eps));
-    for (int64_t k = 0; k < size; k += kLanes) {
-      __mmask16 mask = first(size - k);
-      __m512 y = _mm512_mul_ps(_mm512_sub_ps(load(sums + k, mask), mean), scale);
-      y = _mm512_mul_ps(y, load(of.norm_weight + k, mask));
-      if (of.norm_bias) y = _mm512_add_ps(y, load(of.norm_bias + k, mask));
-      store((T*)of.result + row * size + k, y, mask);
-    }
-  }
-
-  static float sum(const __m512 (&of)[4]) {
-    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(of[0], of[1]), _mm512_add_ps(of[2], of[3])));
   }
 
   // Rows that are prepared, from `begin` to `end`; with scales for int8, and room for sums before a LayerNorm.
@@ -154,7 +110,7 @@ struct Linear {
   // A tile of sums whose rows have not all been finished. That is done while the next one is multiplied, since the two
   // take different parts of the processor.
   struct Waiting {
-    const typename Kind::sum* from = nullptr;
+    const sum* from = nullptr;
     int64_t row = 0, rows = 0, column = 0, done = 0;
   };
 
@@ -167,40 +123,49 @@ struct Linear {
   }
 
   // `sums` (32 x 32) of a block's rows from `row` on and of a pair of panels, which lie at `right`, from step `start` on.
-  void multiply(const Tiles& tiles, const Block& block, int64_t row, const Factor& right, int64_t start, int64_t end,
-                typename Kind::sum* sums, Waiting& waiting) const {
+  void multiply(const Tiles& tiles, const Block& block, int64_t row, const Factor& right, int64_t start, int64_t end, sum* sums,
+                Waiting& waiting) const {
     const bool direct = in_place && row + kTile <= of.rows;
-    constexpr int64_t size = sizeof(T), part = kTile * kStep, step = Kind::parts * part;
-    const Factor left = direct ? Factor{(const char*)x(row) + start * kStep, of.stride * size, kStep}
-                               : Factor{block.rows + (row - block.begin) / kTile * tile_bytes + start * step, kStep, step, part};
-    tiles.template multiply<Kind>(left, right, end - start, sums, kTile, start > 0, [&](int64_t k) {
+    const char* prepared = block.rows + (row - block.begin) / kTile * tile_bytes;
+    const Factor rows = direct ? Factor{(const char*)x(row) + start * row_step<Kind>, of.stride * (int64_t)sizeof(T), row_step<Kind>}
+                               : Factor{prepared + start * Kind::parts * part, row_step<Kind>, Kind::parts * part, part};
+    tiles.template multiply<Kind>(rows, std::min<int64_t>(kTile, of.rows - row), right, end - start, sums, kTile, start > 0, [&](int64_t k) {
       finish(waiting, waiting.rows * (k + 1) / (end - start), block);
     });
     finish(waiting, waiting.rows, block);
   }
 
-  Waiting made(const typename Kind::sum* sums, int64_t row, int64_t pair) const {
+  Waiting made(const sum* sums, int64_t row, int64_t pair) const {
     return {sums, row, std::min<int64_t>(kTile, of.rows - row), kTile * pair, 0};
   }
 
-  // All tiles of a block's rows and of pairs of panels. The rows of a block stay in the cache, panels pass by.
+  // All tiles of a block's rows and of pairs of panels. The rows of a block stay in the cache, panels pass by; so many
+  // steps at a time that both fit.
   void multiply(const Tiles& tiles, const Block& block, int64_t first_pair, int64_t last_pair) const {
-    alignas(64) typename Kind::sum sums[2][kTile * kTile];
+    static thread_local Buffer<sum> sum_tiles;
+    const int64_t most = std::min(steps, kSteps<Kind>), rows = (block.end - block.begin) / kTile;
+    // Sums that wait for more steps each have their place; two of those that do not take turns.
+    const int64_t places = steps > most ? std::max<int64_t>(2, rows * (last_pair - first_pair)) : 2;
+    sum* sums = sum_tiles.get(places * kTile * kTile);
     Waiting waiting;
-    int turn = 0;
-    for (int64_t pair = first_pair; pair < last_pair; pair++)
-      for (int64_t row = block.begin; row < block.end; row += kTile, turn ^= 1) {
-        multiply(tiles, block, row, {of.weight + 2 * pair * panel, panel, kPanelStep}, 0, steps, sums[turn], waiting);
-        waiting = made(sums[turn], row, pair);
-      }
+    for (int64_t start = 0; start < steps; start += most) {
+      const int64_t end = std::min(steps, start + most);
+      int64_t number = 0;
+      for (int64_t pair = first_pair; pair < last_pair; pair++)
+        for (int64_t row = block.begin; row < block.end; row += kTile, number++) {
+          sum* tile = sums + number % places * kTile * kTile;
+          multiply(tiles, block, row, {of.weight + 2 * pair * panel + start * panel_step<Kind>, panel, panel_step<Kind>}, start, end, tile, waiting);
+          waiting = end == steps ? made(tile, row, pair) : Waiting{};
+        }
+    }
     finish(waiting, waiting.rows, block);
   }
 
-  // The same in float32. Here some steps of some panels, once split, stay in the cache, and rows pass by.
+  // The same of what is split. Here some steps of some panels, once split, stay in the cache, and rows pass by.
   void multiply_split(const Tiles& tiles, const Block& block, int64_t first_pair, int64_t last_pair) const {
     static thread_local Buffer<bfloat16> split_panels;
     static thread_local Buffer<float> sum_tiles;
-    constexpr int64_t numbers = kPanelStep / sizeof(bfloat16), step = Kind::parts * kPanelStep;  // of a panel in a step
+    constexpr int64_t numbers = kPanel * Kind::step, step = Kind::parts * panel_step<Kind>;  // of a panel in a step
     const int64_t most = std::min(steps, kSplitSteps), group = std::max<int64_t>(1, kSplit / (2 * most * step));
     bfloat16* panels = split_panels.get(2 * group * most * Kind::parts * numbers);
     float* sums = sum_tiles.get(std::max<int64_t>(2, steps > most ? (block.end - block.begin) / kTile * group : 0) * kTile * kTile);
@@ -214,14 +179,13 @@ struct Linear {
           for (int64_t k = 0; k < end - start; k++) {
             const float* from = (const float*)of.weight + ((2 * pair + i) * steps + start + k) * numbers;
             for (int64_t n = 0; n < numbers; n += kLanes)
-              split(_mm512_loadu_ps(from + n), panels + i * size + k * Kind::parts * numbers + n, numbers);
+              split(load(from + n), panels + i * size + k * Kind::parts * numbers + n, numbers);
           }
         int64_t number = 0;
         for (int64_t row = block.begin; row < block.end; row += kTile)
           for (int64_t i = 0; i < pairs; i++, number++) {
-            // Sums that wait for more steps each have their place; two of those that do not take turns.
             float* tile = sums + (steps > most ? number : number % 2) * kTile * kTile;
-            multiply(tiles, block, row, {panels + 2 * i * size, size * 2, step, kPanelStep}, start, end, tile, waiting);
+            multiply(tiles, block, row, {panels + 2 * i * size, size * 2, step, panel_step<Kind>}, start, end, tile, waiting);
             waiting = end == steps ? made(tile, row, pair + i) : Waiting{};
           }
       }
@@ -229,26 +193,11 @@ struct Linear {
     finish(waiting, waiting.rows, block);
   }
 
-  // The same of a few rows.
-  void multiply_few(const Block& block, int64_t first_pair, int64_t last_pair) const {
-    alignas(64) float sums[kTile * kTile];
-    const int64_t numbers = panel / sizeof(bfloat16);
-    for (int64_t pair = first_pair; pair < last_pair; pair++)
-      for (int64_t row = 0; row < of.rows; row += kTile) {
-        Waiting tile = made(sums, row, pair);
-        const float* panels = (const float*)of.weight + 2 * pair * numbers;
-        int64_t i = 0;
-        for (; i + 6 <= tile.rows; i += 6) multiply_float32<6>((const float*)x(row + i), of.stride, of.inputs, panels, numbers, sums + i * kTile);
-        for (; i < tile.rows; i++) multiply_float32<1>((const float*)x(row + i), of.stride, of.inputs, panels, numbers, sums + i * kTile);
-        finish(tile, tile.rows, block);
-      }
-  }
-
   void run() const {
     static thread_local Buffer<char> row_buffer;
     static thread_local Buffer<float> scale_buffer, sum_buffer;
     const int64_t pairs = up(of.outputs, kTile) / kTile, threads = at::get_num_threads();
-    const bool norms = of.norm_weight != nullptr, few = is_float32 && of.rows <= kFew, prepares = !in_place && !few;
+    const bool norms = of.norm_weight != nullptr;
     auto room = [&](int64_t begin, int64_t end) {
       const int64_t rows = end - begin;
       return Block{begin, end, row_buffer.get(rows / kTile * tile_bytes), is_int8 ? scale_buffer.get(rows) : nullptr,
@@ -258,32 +207,30 @@ struct Linear {
       prepare(from, to, block.rows + (from - block.begin) / kTile * tile_bytes, block.scales + (from - block.begin));
     };
     auto multiply_all = [&](const Tiles& tiles, const Block& block, int64_t from, int64_t to) {
-      if constexpr (is_float32) few ? multiply_few(block, from, to) : multiply_split(tiles, block, from, to);
+      if constexpr (is_split) multiply_split(tiles, block, from, to);
       else multiply(tiles, block, from, to);
     };
     auto norm_rows = [&](const Block& block, int64_t from, int64_t to) {
-      for (int64_t row = from; row < to; row++) norm(block.sums + (row - block.begin) * of.outputs, row);
+      for (int64_t row = from; row < to; row++)
+        norm(block.sums + (row - block.begin) * of.outputs, of.outputs, of.norm_weight, of.norm_bias, of.eps, (T*)of.result + row * of.outputs);
     };
     const int64_t end = up(of.rows, kTile);
     if (of.rows >= kBlock * threads || threads == 1) {
-      constexpr int64_t most = is_float32 ? kSplitBlock : kBlock;
-      const int64_t share = up(of.rows, threads) / threads, blocks = up(share, most) / most * threads;
+      constexpr int64_t most = is_split ? kSplitBlock : kBlock;
+      const int64_t rows = up(of.rows, threads) / threads, blocks = up(rows, most) / most * threads;
       const int64_t size = up(up(of.rows, blocks) / blocks, kTile);
-      at::parallel_for(0, up(of.rows, size) / size, 1, [&](int64_t from, int64_t to) {
-        Tiles tiles;
-        for (int64_t each = from; each < to; each++) {
-          const Block block = room(each * size, std::min(end, (each + 1) * size));
-          if (prepares) prepare_rows(block, block.begin, block.end);
-          else if (in_place && block.end > of.rows) prepare_rows(block, block.end - kTile, block.end);
-          multiply_all(tiles, block, 0, pairs);
-          if (norms) norm_rows(block, block.begin, std::min(block.end, of.rows));
-        }
+      share(up(of.rows, size) / size, [&](const Tiles& tiles, int64_t each) {
+        const Block block = room(each * size, std::min(end, (each + 1) * size));
+        if (!in_place) prepare_rows(block, block.begin, block.end);
+        else if (block.end > of.rows) prepare_rows(block, block.end - kTile, block.end);
+        multiply_all(tiles, block, 0, pairs);
+        if (norms) norm_rows(block, block.begin, std::min(block.end, of.rows));
       });
       return;
     }
     const Block block = room(0, end);
-    if (prepares) at::parallel_for(0, end, 8, [&](int64_t from, int64_t to) { prepare_rows(block, from, to); });
-    else if (in_place && end > of.rows) prepare_rows(block, end - kTile, end);
+    if (!in_place) at::parallel_for(0, end, 8, [&](int64_t from, int64_t to) { prepare_rows(block, from, to); });
+    else if (end > of.rows) prepare_rows(block, end - kTile, end);
     at::parallel_for(0, pairs, 1, [&](int64_t from, int64_t to) {
       Tiles tiles;
       multiply_all(tiles, block, from, to);
@@ -291,14 +238,6 @@ struct Linear {
     if (norms) at::parallel_for(0, of.rows, 8, [&](int64_t from, int64_t to) { norm_rows(block, from, to); });
   }
 };
-
-Activation named(c10::string_view name) {
-  if (name == "none") return Activation::none;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  TORCH_CHECK(false, "There is no activation '", name, "' here.");
-}
 
 const float* floats(const std::optional<at::Tensor>& tensor, int64_t size) {
   if (!tensor) return nullptr;
@@ -341,16 +280,17 @@ at::Tensor linear(const at::Tensor& given, const at::Tensor& weight, const std::
   TORCH_CHECK(weight.is_contiguous() && weight.dim() == 4 && is_int8 == scales.has_value() &&
                   (is_int8 || kind == at::kBFloat16 || (kind == at::kFloat && is_float)),
               "The weight is packed, in int8 with scales or without in bfloat16 or, for x in it too, float32.");
-#ifndef __AVX512BF16__
-  TORCH_CHECK(is_int8, "This processor multiplies no bfloat16.");
-#endif
-#ifndef __AVX512VNNI__
-  TORCH_CHECK(!is_int8, "This processor multiplies no int8.");
-#endif
+  TORCH_CHECK(is_int8 || kMultipliesBf16, "This processor multiplies no bfloat16.");
   const int64_t unit = is_int8 ? 64 : 32;
   TORCH_CHECK(weight.size(0) == up(outputs, 32) / 16 && weight.size(1) * weight.size(3) == up(of.inputs, unit) &&
                   weight.size(2) == 16 && weight.size(3) == (is_int8 ? 4 : 2),
               "The weight is packed for other sizes.");
+#ifdef BERT_EVALUATION_HAS_AMX
+  if (kind == at::kFloat && amx_allowed() && of.rows > kFew) {
+    Linear<SplitFloat32, float>{of}.run();
+    return result;
+  }
+#endif
   if (kind == at::kFloat) Linear<Float32, float>{of}.run();
   else if (is_int8) is_float ? Linear<Int8, float>{of}.run() : Linear<Int8, bfloat16>{of}.run();
   else is_float ? Linear<Bf16, float>{of}.run() : Linear<Bf16, bfloat16>{of}.run();
@@ -362,16 +302,10 @@ at::Tensor linear_or_equal(const at::Tensor& x, const at::Tensor& weight, const 
                            const std::optional<at::Tensor>& bias, c10::SymInt outputs, c10::string_view activation,
                            const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& norm_weight,
                            const std::optional<at::Tensor>& norm_bias, double eps) {
-#ifdef __AVX512BF16__
-  constexpr bool able = true;
-#else
-  const bool able = weight.scalar_type() == at::kChar;
-#endif
+  const bool able = kMultipliesBf16 || weight.scalar_type() == at::kChar;
   if (able && x.scalar_type() != at::kHalf)
     return linear(x, weight, scales, bias, outputs.expect_int(), activation, residual, norm_weight, norm_bias, eps);
-  static const auto equal = c10::Dispatcher::singleton()
-                                .findSchemaOrThrow("bert_evaluation::linear_in_plain_pytorch", "")
-                                .typed<decltype(linear_or_equal)>();
+  static const auto equal = in_plain_pytorch<decltype(linear_or_equal)>("linear");
   return equal.call(x, weight, scales, bias, outputs, activation, residual, norm_weight, norm_bias, eps);
 }
 

@@ -66,7 +66,7 @@ BFLOAT16 = (CastToBFloat16, TileLinears, TileAttention, *FUSE)
 # Named recipes, for `--recipe exact`. What a processor has no kernels for is refused there and left as it is: `fastest`
 # is on integers where there is VNNI, else in bfloat16 where there is that, else in float32; and compiled.
 PRESETS: Presets = {
-    "exact": (*CLEAN, TileLinears, *FUSE),
+    "exact": (*CLEAN, TileLinears, TileAttention, *FUSE),
     "bf16": (*CLEAN, *BFLOAT16),
     "int8": (*CLEAN, QuantizeLinears, *BFLOAT16),
     "fastest": (*CLEAN, QuantizeLinears, *BFLOAT16, Compile),

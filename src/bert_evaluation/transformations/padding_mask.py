@@ -1,5 +1,6 @@
 """Masks of attention, known by what they let attend to what, however they are computed."""
 
+import math
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ def why_not_padding_mask(mask: Node) -> str | None:
         if not bool(right.all()):
             return f"{mask.name} is no padding mask: not every token attends to all that {MASK} marks, and to no other."
     return None
+
+
+def boolean_of(mask: Node) -> Node | None:
+    """The boolean mask that an additive one, 0 or -inf, was made of: attention makes the same of either."""
+    if mask.target is not torch.ops.aten.where.ScalarOther or mask.args[2] != -math.inf:
+        return None
+    keep, zero = mask.args[:2]
+    assert isinstance(keep, Node)
+    is_zero = isinstance(zero, Node) and zero.target is torch.ops.aten.zeros.default
+    return keep if is_zero and keep.meta["val"].dtype is torch.bool else None
 
 
 def _cone(node: Node) -> list[Node]:

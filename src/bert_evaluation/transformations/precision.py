@@ -1,6 +1,5 @@
 """Linears and attention in bfloat16 or float16, and all that lies between them."""
 
-import math
 import operator
 from collections.abc import Iterable
 from typing import ClassVar
@@ -31,6 +30,7 @@ from bert_evaluation.transformations.casts import (
 )
 from bert_evaluation.transformations.keep_list import ATTENTION, ATTENTIONS, why_kept, words
 from bert_evaluation.transformations.linear import tensor_of
+from bert_evaluation.transformations.padding_mask import boolean_of
 from bert_evaluation.transformations.positions import LINEARS
 from bert_evaluation.transformations.tiles import ENDINGS, ending
 
@@ -60,7 +60,7 @@ class Cast(ReversibleTransformation):
             return f"It is in {name} already." if found is self.low else f"It computes in {found}, not in float32."
         if node.target is ATTENTION:
             mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-            if isinstance(mask, Node) and type_of(mask) is not torch.bool and keeps(mask) is None:
+            if isinstance(mask, Node) and type_of(mask) is not torch.bool and boolean_of(mask) is None:
                 return f"{mask.name} is added to the scores; what it hides with may be infinite in {name}."
         elif node.target is kernels.LINEAR:
             weight = node.args[1]
@@ -90,7 +90,7 @@ class Cast(ReversibleTransformation):
         read = dict.fromkeys(ATTENTIONS, node.args[:3]) | {kernels.LINEAR: node.args[:1]}
         inputs = read.get(node.target, node.all_input_nodes)
         for mask in node.all_input_nodes if node.target is ATTENTION else ():
-            if (keep := keeps(mask)) is not None:
+            if (keep := boolean_of(mask)) is not None:
                 node.replace_input_with(mask, keep)
         for source in dict.fromkeys(inputs):
             if isinstance(source, Node) and type_of(source) is HIGH:
@@ -212,13 +212,3 @@ def why_slow(low: torch.dtype, device: torch.device) -> str | None:
     return (
         f"{torch.cuda.get_device_name(device)} has no bfloat16: its compute capability is {version}, not 8.0 or more."
     )
-
-
-def keeps(mask: Node) -> Node | None:
-    """The boolean mask that an additive one, 0 or -inf, was made of: attention makes the same of either."""
-    if mask.target is not aten.where.ScalarOther or mask.args[2] != -math.inf:
-        return None
-    keep, zero = mask.args[:2]
-    assert isinstance(keep, Node)
-    is_zero = isinstance(zero, Node) and zero.target is aten.zeros.default
-    return keep if is_zero and type_of(keep) is torch.bool else None

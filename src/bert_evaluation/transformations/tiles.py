@@ -21,6 +21,7 @@ from bert_evaluation.transformations.linear import (
     weight_and_bias,
     written_between,
 )
+from bert_evaluation.transformations.padding_mask import boolean_of
 from bert_evaluation.transformations.positions import shape
 
 aten = torch.ops.aten
@@ -34,10 +35,10 @@ class TileLinears(ReversibleTransformation):
 
         y = linear(x, W, b)        becomes        y = bert_evaluation.linear(x, packed W, None, b, outputs)
 
-    In bfloat16, or in float32 on a processor with AMX: float32 is the sum of three bfloat16, and six products of those,
-    which AMX makes faster than one in float32, are as near to the product (Henry, Tang and Heinecke, 2019,
-    arXiv:1904.06376). Sums, and the bias, are float32, as before. The packed weight takes the place of the plain one,
-    and as much memory; it is the same on every processor. What follows can go into the operator:
+    In bfloat16, or in float32 on a processor with AVX2 alone or with AMX: float32 is the sum of three bfloat16, and six
+    products of those, which AMX makes faster than one in float32, are as near to the product (Henry, Tang and Heinecke,
+    2019, arXiv:1904.06376). Sums, and the bias, are float32, as before. The packed weight takes the place of the plain
+    one, and as much memory; it is the same on every processor. What follows can go into the operator:
     `FuseLinearActivation`, `FuseResidual`, `FuseSkipLayerNorm`. A processor without kernels is refused unless `anyway`:
     then in plain PyTorch, slowly. A site is one weight, wherever applied.
     """
@@ -115,14 +116,14 @@ class _Packed:
 
 
 class TileAttention(ReversibleTransformation):
-    """Attention in 16 bits becomes the operator of our own kernels, which reads and writes what heads are parts of.
+    """Attention becomes the operator of our own kernels, which reads and writes what heads are parts of.
 
         q, k, v = (transpose(view(x, heads)) for x in (q', k', v'))
         a = scaled_dot_product_attention(q, k, v, mask)       becomes      y = bert_evaluation.attention(
         y = reshape(transpose(a))                                              q', k', v', mask, heads, scale)
 
-    So is that of sequences without padding (`RemovePadding`), which on a GPU has a kernel anyway. The mask stays as it
-    is, of any shape, but boolean. In bfloat16; on a GPU also in float16.
+    So is that of sequences without padding (`RemovePadding`), which on a GPU has a kernel anyway. The mask, of any shape,
+    is boolean or made of a boolean one. In bfloat16; with AVX2 alone also in float32, on a GPU in float16.
     """
 
     promise = Reassociates()
@@ -146,7 +147,7 @@ class TileAttention(ReversibleTransformation):
                 found = heads_at(site.node)
             except RefusedError as refusal:
                 return str(refusal)
-            if found.mask is not None and found.mask.meta["val"].dtype is not torch.bool:
+            if found.mask is not None and _boolean(found.mask) is None:
                 return f"{found.mask.name} is added to the scores; the kernels take a boolean mask."
             heads, sources = found.heads, tuple(split.args[0] for split in found.splits)
         shapes = {tuple(map(str, shape(each))) for each in sources if isinstance(each, Node)}
@@ -158,7 +159,8 @@ class TileAttention(ReversibleTransformation):
         if not isinstance(width, int):
             return "The width of a head is not known."
         reason = kernels.why_no_attention(value.dtype, width // heads, value.device)
-        return None if self.anyway and value.dtype is torch.bfloat16 and not width // heads % 2 else reason
+        may = value.dtype in kernels.TYPES_OF_ATTENTION["cpu"] and not width // heads % 2
+        return None if self.anyway and may else reason
 
     def rewrite(self, graph: GraphModule, site: Site) -> None:
         """Put the operator where the heads were joined."""
@@ -170,7 +172,8 @@ class TileAttention(ReversibleTransformation):
             result, target, old = node, kernels.PACKED_ATTENTION, {node}
         else:
             found = heads_at(node)
-            arguments = [*(split.args[0] for split in found.splits), found.mask]
+            mask = None if found.mask is None else _boolean(found.mask)
+            arguments = [*(split.args[0] for split in found.splits), mask]
             heads, scale, result, target = found.heads, found.scale, found.result, kernels.ATTENTION
             old = {*found.inner, result}
         assert isinstance(heads, int)
@@ -179,6 +182,10 @@ class TileAttention(ReversibleTransformation):
             tiled = call(target, (*arguments, heads, factor), node, result.meta["val"])
         result.replace_all_uses_with(tiled)
         drop(graph.graph, old)
+
+
+def _boolean(mask: Node) -> Node | None:
+    return mask if mask.meta["val"].dtype is torch.bool else boolean_of(mask)
 
 
 def ending(linear: Node) -> dict[str, Any]:
