@@ -55,8 +55,10 @@ def sensitivities(graph: GraphModule, transformation: Transformation) -> dict[st
     the transformation, over their own from their mean; 0.0001 is a hundredth of their standard deviation. Runs the
     graph once for each site, and leaves it as it is. Raises CalibrationError.
 
-    Errors of rounding know little of each other, so these shares add up, and those of few questions say what those of
-    many do. The divergence of the answers' probabilities was tried: a few close questions make most of it.
+    Errors of rounding know little of each other, so these shares add up: of the built-in checkpoint's 24 linears in
+    int8 to 1.03 times what all cost together, where divergences of the answers' probabilities add up to 1.7 times. And
+    few questions rank sites as others do: between three batches by rank correlations of 0.93 to 0.95, where those
+    divergences do by 0.88 to 0.94.
     """
     batches = calibration_of(graph).batches
     expected, costs = _outputs(graph, batches), dict[str, float]()
