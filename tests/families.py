@@ -1,7 +1,9 @@
-"""Tiny question-answering models with random weights, one of each family."""
+"""Tiny question-answering models with random weights, one of each family, and inputs to calibrate with."""
 
 import torch
 import transformers as t
+
+from bert_evaluation.capturing import text_inputs
 
 SIZES = {
     "vocab_size": 99,
@@ -49,3 +51,25 @@ def tiny(name, **more):
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return made
+
+
+def lively(family, **more):
+    """A tiny model whose every part matters: weights as large as those of a trained one."""
+    model = tiny(family, **more)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
+    return model
+
+
+def batches(model):
+    """Inputs of random tokens, some of them padding."""
+    made = []
+    for batch, length in ((2, 12), (3, 20)):
+        inputs = text_inputs(model, batch, length)
+        inputs["input_ids"] = torch.randint(3, model.config.vocab_size, (batch, length))
+        inputs["attention_mask"][0, length // 2 :] = 0
+        made.append(inputs)
+    return tuple(made)

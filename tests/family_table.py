@@ -57,7 +57,7 @@ def cell(report):
 def reasons(report):
     """The refusals' distinct reasons: they name nodes, whose numbers tell a reader nothing."""
     plain = (re.sub(r"\.\d+\.", ".N.", re.sub(r"_\d+\b", "", refusal.reason)) for refusal in report.refused)
-    plain = (re.sub(r"matters \S+ times", "matters N times", reason) for reason in plain)
+    plain = (re.sub(r"(matters|errs) \S+ times", r"\1 N times", reason) for reason in plain)
     return " ".join(reason if count == 1 else f"{reason} ({count}×)" for reason, count in Counter(plain).items())
 
 

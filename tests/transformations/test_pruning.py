@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from families import FAMILIES, tiny
+from families import FAMILIES, batches, lively
 
 from bert_evaluation import capture, compose, verify
 from bert_evaluation import graph as graphs
@@ -33,28 +33,6 @@ aten = torch.ops.aten
 # Heads and feed-forwards found, of tiny models with two layers of four heads; half of each may go.
 HEADS = dict.fromkeys(FAMILIES, (4, 8)) | {"albert": (2, 4), "deberta-v2": (0, 2), "modernbert": (0, 2)}
 PAIRS = dict.fromkeys(FAMILIES, (2, 2)) | {"albert": (1, 1), "modernbert": (0, 3), "mobilebert": (8, 8)}
-
-
-def lively(family, **more):
-    """A tiny model whose every part matters: weights as large as those of a trained one."""
-    model = tiny(family, **more)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.copy_(torch.randn_like(parameter) / parameter.shape[1] ** 0.5)
-    return model
-
-
-def batches(model):
-    """Inputs of random tokens, some of them padding."""
-    made = []
-    for batch, length in ((2, 12), (3, 20)):
-        inputs = text_inputs(model, batch, length)
-        inputs["input_ids"] = torch.randint(3, model.config.vocab_size, (batch, length))
-        inputs["attention_mask"][0, length // 2 :] = 0
-        made.append(inputs)
-    return tuple(made)
 
 
 @pytest.fixture(scope="module", params=[(family, eager) for family in FAMILIES for eager in (False, True)], ids=str)

@@ -9,6 +9,7 @@ from bert_evaluation.transformation import ReversibleTransformation, Transformat
 from bert_evaluation.transformations.arithmetic import ChangeTrueDivToMulByInverse
 from bert_evaluation.transformations.attention import FuseAttention
 from bert_evaluation.transformations.attention_scale import FoldAttentionScale
+from bert_evaluation.transformations.balancing import BalanceLinears
 from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, FuseBatchNorm2dInConv2d
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
 from bert_evaluation.transformations.compilation import Compile
@@ -45,6 +46,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     RemovePadding,
     PruneHeads,
     PruneFeedForward,
+    BalanceLinears,
     CastToBFloat16,
     CastToFloat16,
     QuantizeLinears,
@@ -102,6 +104,7 @@ __all__ = [
     "PRESETS",
     "PRESETS_ON_CUDA",
     "REGISTRY",
+    "BalanceLinears",
     "CastToBFloat16",
     "CastToFloat16",
     "ChangeTrueDivToMulByInverse",

@@ -18,6 +18,7 @@ from bert_evaluation.transformations.linear import (
     tensor_of,
     weight_and_bias,
 )
+from bert_evaluation.transformations.sensitivity import Left, share_to_leave, with_worst_left
 
 aten = torch.ops.aten
 
@@ -31,23 +32,37 @@ class QuantizeLinears(ReversibleTransformation):
     calibrated, and no text's answer depends on those beside it. Sums are 32 bits wide, results as x. What follows can
     go into the operator: `FuseLinearActivation`, `FuseResidual`, `FuseSkipLayerNorm`; and `CastToBFloat16` lets it read
     and return bfloat16, `CastToFloat16` float16. The int8 weight takes the place of the other. `keep` lists what stays
-    as it is: words in the paths of layers, and "logits" for the linears that make the outputs. A processor without
-    VNNI, whose sums of int8 products overflow, or one for which nothing can be compiled, is refused unless `anyway`:
-    then in plain PyTorch, slowly, to measure what the answers lose. A site is one weight, wherever applied.
+    as it is: words in the paths of layers, and "logits" for the linears that make the outputs. `leave` is the share of
+    the others that stays too: those that cost most when they alone are quantised (see `sensitivity`, `calibration`),
+    which one run for each finds out. A processor without VNNI, whose sums of int8 products overflow, or one for which
+    nothing can be compiled, is refused unless `anyway`: then in plain PyTorch, slowly, to measure what the answers
+    lose. A site is one weight, wherever applied.
     """
 
     promise = Approximates()
 
-    def __init__(self, keep: Iterable[str] = ("embeddings", "logits"), anyway: bool = False) -> None:
+    def __init__(
+        self, keep: Iterable[str] = ("embeddings", "logits"), anyway: bool = False, leave: float = 0.0
+    ) -> None:
         self.keep = words(keep)
         self.anyway = anyway
+        self.leave = share_to_leave(leave)
+
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]  # where some are left
+        """Whether what it does depends on calibration inputs."""
+        return self.leave > 0
 
     def sites(self, graph: GraphModule) -> Iterable[Site]:
         """Every linear, those that share their weight together."""
+        if self.leave:
+            return with_worst_left(graph, QuantizeLinears(self.keep, self.anyway), self.leave)
         return sites_by_weight(graph)
 
     def why_not(self, site: Site) -> str | None:
-        """Refuse what is kept, fused or packed, what others read too, and sums that would overflow."""
+        """Refuse what is kept, left, fused or packed, what others read too, and sums that would overflow."""
+        if isinstance(site, Left):
+            return site.reason
         if (reason := why_not_rounded(site, self.keep)) is not None:
             return reason
         tensor = tensor_of(weight_and_bias(site.node)[0])
