@@ -13,6 +13,7 @@ from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, F
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
 from bert_evaluation.transformations.compilation import Compile
 from bert_evaluation.transformations.constants import FoldConstants
+from bert_evaluation.transformations.embeddings import CastEmbeddings
 from bert_evaluation.transformations.float8 import QuantizeToFloat8
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
 from bert_evaluation.transformations.masks import HoistMask
@@ -47,6 +48,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     PruneFeedForward,
     CastToBFloat16,
     CastToFloat16,
+    CastEmbeddings,
     QuantizeLinears,
     QuantizeToFloat8,
     TileLinears,
@@ -61,7 +63,7 @@ ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMul
 CLEAN = (RemoveDropout, FoldConstants, EliminateCommonSubexpressions, FuseAttention, HoistMask, MergeLinears)
 FUSE = (FuseLinearActivation, FuseResidual, FuseSkipLayerNorm, PackLinears)
 
-BFLOAT16 = (CastToBFloat16, TileLinears, TileAttention, *FUSE)
+BFLOAT16 = (CastEmbeddings, CastToBFloat16, TileLinears, TileAttention, *FUSE)
 
 # Named recipes, for `--recipe exact`. What a processor has no kernels for is refused there and left as it is: `fastest`
 # is on integers where there is VNNI, else in bfloat16 where there is that, else in float32; and compiled.
@@ -102,6 +104,7 @@ __all__ = [
     "PRESETS",
     "PRESETS_ON_CUDA",
     "REGISTRY",
+    "CastEmbeddings",
     "CastToBFloat16",
     "CastToFloat16",
     "ChangeTrueDivToMulByInverse",
