@@ -66,7 +66,8 @@ FUSE = (FuseLinearActivation, FuseResidual, FuseSkipLayerNorm, PackLinears)
 BFLOAT16 = (CastEmbeddings, CastToBFloat16, TileLinears, TileAttention, *FUSE)
 
 # Named recipes, for `--recipe exact`. What a processor has no kernels for is refused there and left as it is: `fastest`
-# is on integers where there is VNNI, else in bfloat16 where there is that, else in float32; and compiled.
+# is on integers where there is VNNI, else in bfloat16 where there is that, else in float32; and compiled. Any processor
+# can look up in float16.
 PRESETS: Presets = {
     "exact": (*CLEAN, TileLinears, *FUSE),
     "bf16": (*CLEAN, *BFLOAT16),
