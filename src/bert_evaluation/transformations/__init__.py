@@ -14,6 +14,7 @@ from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, F
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
 from bert_evaluation.transformations.compilation import Compile
 from bert_evaluation.transformations.constants import FoldConstants
+from bert_evaluation.transformations.embeddings import CastEmbeddings
 from bert_evaluation.transformations.float8 import QuantizeToFloat8
 from bert_evaluation.transformations.linear import FuseBiasInLinear, MergeLinears
 from bert_evaluation.transformations.masks import HoistMask
@@ -49,6 +50,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     BalanceLinears,
     CastToBFloat16,
     CastToFloat16,
+    CastEmbeddings,
     QuantizeLinears,
     QuantizeToFloat8,
     TileLinears,
@@ -63,10 +65,11 @@ ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMul
 CLEAN = (RemoveDropout, FoldConstants, EliminateCommonSubexpressions, FuseAttention, HoistMask, MergeLinears)
 FUSE = (FuseLinearActivation, FuseResidual, FuseSkipLayerNorm, PackLinears)
 
-BFLOAT16 = (CastToBFloat16, TileLinears, TileAttention, *FUSE)
+BFLOAT16 = (CastEmbeddings, CastToBFloat16, TileLinears, TileAttention, *FUSE)
 
 # Named recipes, for `--recipe exact`. What a processor has no kernels for is refused there and left as it is: `fastest`
-# is on integers where there is VNNI, else in bfloat16 where there is that, else in float32; and compiled.
+# is on integers where there is AVX2, else in bfloat16 where there is that, else in float32; and compiled. Any processor
+# can look up in float16.
 PRESETS: Presets = {
     "exact": (*CLEAN, TileLinears, TileAttention, *FUSE),
     "bf16": (*CLEAN, *BFLOAT16),
@@ -105,6 +108,7 @@ __all__ = [
     "PRESETS_ON_CUDA",
     "REGISTRY",
     "BalanceLinears",
+    "CastEmbeddings",
     "CastToBFloat16",
     "CastToFloat16",
     "ChangeTrueDivToMulByInverse",

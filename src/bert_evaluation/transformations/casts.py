@@ -13,7 +13,7 @@ from bert_evaluation.transformations.linear import free_name, tensor_of, weight_
 from bert_evaluation.transformations.positions import LINEARS
 
 aten = torch.ops.aten
-CAST, NORM = aten.to.dtype, aten.layer_norm.default
+CAST, NORM, EMBEDDING = aten.to.dtype, aten.layer_norm.default, aten.embedding.default
 HIGH = torch.float32
 OF = "bert_evaluation.cast_of"  # key in the meta of a node that reads a cast parameter: the parameter's name, the type
 # What may stand between linears in a lower type: it moves numbers, or computes each in float32 and rounds it once.
@@ -74,7 +74,9 @@ def known_low(source: Node, reader: Node, low: torch.dtype) -> Node | None:
 
 
 def stored(node: Node) -> list[Node]:
-    """What is multiplied or added, stored, and has to be of the type that the node computes in."""
+    """What is multiplied, added or looked up, stored, and has to be of the type that the node returns."""
+    if node.target is EMBEDDING:
+        return node.all_input_nodes[:1]
     if node.target is NORM:
         # On a CPU they stay in float32, which the kernel for CUDA does not take (pytorch/pytorch#138128).
         return [] if node.meta["val"].device.type == "cpu" else node.all_input_nodes[1:]
