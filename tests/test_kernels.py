@@ -40,9 +40,11 @@ def kind(request):
     return able(request.param)
 
 
-@pytest.fixture(scope="module")
-def attends():
-    able(torch.bfloat16)
+@pytest.fixture(scope="module", params=kernels.TYPES_OF_ATTENTION["cpu"], ids=str)
+def attends(request):
+    """A type that this machine has a kernel of attention for."""
+    able(torch.int8 if request.param is torch.float32 else request.param)  # what is built has float32 everywhere
+    return request.param
 
 
 @pytest.fixture
@@ -365,7 +367,8 @@ print(kernels.why_not(torch.float32, torch.device("cpu")))
 
 
 def test_on_avx512_as_on_amx(tmp_path):
-    able(torch.float32)
+    if not torch.cpu.get_capabilities().get("amx_tile"):
+        pytest.skip("This processor has no AMX.")
     q, mask = normal(3, 40, 64).bfloat16(), torch.rand(3, 1, 1, 40, generator=random()) < 0.5
     calls = [("ATTENTION", (q, q.flip(1), -q, mask, 4, 0.25))]
     exact = [False]
@@ -405,9 +408,10 @@ def attended(q, k, v, mask, heads, scale):
 
 def near(found, q, k, v, mask, heads, scale):
     exact, size = attended(q, k, v, mask, heads, scale)
-    # Weights and results are rounded to bfloat16, scores are float32.
+    # Weights and results are rounded to the type, scores and sums are float32.
     scores = (scale * heads_of(q, heads)).abs().sum(-1).amax() * heads_of(k, heads).abs().amax()
-    off = (2.0**-8 + 2.0**-20 * float(scores)) * size + 2.0**-8 * exact.abs() + 1e-30
+    rounded = 2.0**-20 if q.dtype is torch.float32 else 2.0**-8
+    off = (rounded + 2.0**-20 * float(scores)) * size + rounded * exact.abs() + 1e-30
     return bool(((found.double() - exact).abs() <= 1.05 * off).all())
 
 
@@ -429,7 +433,7 @@ SHAPES = {
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 70])
 def test_attention_with_every_shape_of_mask(attends, shape, length):
     batch, heads, width = 3, 2, 10
-    q, k, v = (2 * normal(batch, length, heads * width, seed=seed).bfloat16() for seed in range(3))
+    q, k, v = (2 * normal(batch, length, heads * width, seed=seed).to(attends) for seed in range(3))
     masks = [None]
     if SHAPES[shape] is not None:
         sizes = [{"B": batch, "H": heads, "L": length}.get(size, size) for size in SHAPES[shape]]
@@ -453,7 +457,7 @@ def test_attention_with_every_shape_of_mask(attends, shape, length):
     seed=seeds,
 )
 def test_attention_of_any_size(attends, batch, length, heads, half, scale, seed):
-    q, k, v = (normal(batch, length, heads * 2 * half, seed=seed + i).bfloat16() for i in range(3))
+    q, k, v = (normal(batch, length, heads * 2 * half, seed=seed + i).to(attends) for i in range(3))
     mask = torch.rand(batch, 1, 1, length, generator=random(seed)) < 0.7
     for each in (None, mask):
         assert near(ATTENTION(q, k, v, each, heads, scale), q, k, v, each, heads, scale)
@@ -461,13 +465,13 @@ def test_attention_of_any_size(attends, batch, length, heads, half, scale, seed)
 
 @pytest.mark.parametrize("width", [2, 32, 62, 64, 128])
 def test_attention_of_512_tokens(attends, width):
-    q, k, v = (normal(2, 512, 2 * width, seed=seed).bfloat16() for seed in range(3))
+    q, k, v = (normal(2, 512, 2 * width, seed=seed).to(attends) for seed in range(3))
     mask = (torch.arange(512) < torch.tensor([[300], [512]]))[:, None, None]
     assert near(ATTENTION(q, k, v, mask, 2, width**-0.5), q, k, v, mask, 2, width**-0.5)
 
 
 def test_attention_of_parts_of_something_wider(attends):
-    merged = normal(3, 40, 3 * 24).bfloat16()
+    merged = normal(3, 40, 3 * 24).to(attends)
     parts = merged.split(24, dim=-1)
     expected = ATTENTION(*(part.contiguous() for part in parts), None, 3, 0.4)
     assert torch.equal(ATTENTION(*parts, None, 3, 0.4), expected)
@@ -480,12 +484,12 @@ def test_attention_of_parts_of_something_wider(attends):
         ATTENTION(*(part[2:, ::2].contiguous() for part in parts), None, 3, 0.4)[0],
     )
     # A dimension of size 1 has a stride that says nothing.
-    single = normal(1, 300, 24).bfloat16().transpose(0, 1)
-    assert torch.equal(ATTENTION(single, single, single, None, 3, 0.4), single)
+    single = normal(1, 300, 24).to(attends).transpose(0, 1)
+    assert torch.allclose(ATTENTION(single, single, single, None, 3, 0.4), single, rtol=1e-6)
 
 
 def test_a_query_that_is_not_finite_stays_so_and_leaves_others_alone(attends):
-    q, k, v = (normal(2, 40, 24, seed=seed).bfloat16() for seed in range(3))
+    q, k, v = (normal(2, 40, 24, seed=seed).to(attends) for seed in range(3))
     clean = ATTENTION(q, k, v, None, 3, 0.4)
     for tensor in (0, 1):
         spoilt = [q.clone(), k.clone(), v]
@@ -500,7 +504,7 @@ def test_a_query_that_is_not_finite_stays_so_and_leaves_others_alone(attends):
 
 
 def test_attention_on_several_threads_and_alone(attends, threads):
-    q, k, v = (normal(5, 70, 48, seed=seed).bfloat16() for seed in range(3))
+    q, k, v = (normal(5, 70, 48, seed=seed).to(attends) for seed in range(3))
     mask = torch.rand(5, 1, 1, 70, generator=random(4)) < 0.6
     found = []
     for number in (1, 2, 3):
@@ -522,19 +526,17 @@ def test_the_references_attention():
 
 @pytest.mark.parametrize("twin", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
-def test_packed_attention_is_that_of_each_sequence(dtype, twin):
-    if not twin:
-        able(torch.bfloat16)
-    packs, attends = (kernels.TWINS[each] if twin else each for each in (PACKED, ATTENTION))
+def test_packed_attention_is_that_of_each_sequence(attends, dtype, twin):
+    packs, one = (kernels.TWINS[each] if twin else each for each in (PACKED, ATTENTION))
     mask = MASKED.to(dtype)
-    merged = normal(1, int(MASKED.sum()), 72).bfloat16()
+    merged = normal(1, int(MASKED.sum()), 72).to(attends)
     q, k, v = merged.split(24, dim=-1)
     found, start = packs(q, k, v, mask, 3, 0.4), 0
     assert found.shape == q.shape
     for count in MASKED.sum(1).tolist():
         part = slice(start, start + count)
         if count:
-            alone = attends(*(each[:, part].contiguous() for each in (q, k, v)), None, 3, 0.4)
+            alone = one(*(each[:, part].contiguous() for each in (q, k, v)), None, 3, 0.4)
             assert torch.allclose(found[:, part].float(), alone.float(), atol=0.02 if twin else 0)
         start += count
     assert packs(*(each[:, :0] for each in (q, k, v)), torch.zeros_like(mask), 3, 0.4).shape == (1, 0, 24)
@@ -544,11 +546,31 @@ def test_packed_attention_is_that_of_each_sequence(dtype, twin):
 @given(lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5), seed=seeds)
 def test_packed_attention_of_any_lengths(attends, lengths, seed):
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    q, k, v = (normal(1, sum(lengths), 24, seed=seed + i).bfloat16() for i in range(3))
+    q, k, v = (normal(1, sum(lengths), 24, seed=seed + i).to(attends) for i in range(3))
     found = PACKED(q, k, v, mask, 3, 0.4)
     padded = [varlen.pad(each, mask) for each in (q, k, v)]
     expected = varlen.unpad(ATTENTION(*padded, mask[:, None, None], 3, 0.4), mask)
     assert torch.allclose(found.float(), expected.float(), atol=0.02)
+
+
+def test_attention_in_float16_is_computed_in_plain_pytorch():
+    able(torch.int8)
+    q, mask = normal(4, 5, 24).half(), MASKED.bool()
+    assert torch.equal(
+        ATTENTION(q, q, q, mask[:, None, None], 3, 0.4), kernels.TWINS[ATTENTION](q, q, q, mask[:, None, None], 3, 0.4)
+    )
+    packed = varlen.unpad(q, mask)
+    assert torch.equal(
+        PACKED(packed, packed, packed, mask, 3, 0.4), kernels.TWINS[PACKED](packed, packed, packed, mask, 3, 0.4)
+    )
+
+
+def test_the_largest_products_are_summed_exactly():
+    """Where there is no VNNI, as elsewhere: 127 * 127 each, all of one sign, in pairs and in all."""
+    able(torch.int8)
+    x, weight = torch.full((33, 3000), -127.0), torch.full((40, 3000), 127.0)
+    found = LINEAR(x, kernels.pack(weight.to(torch.int8)), torch.ones(40), None, 40)
+    assert torch.equal(found, torch.full((33, 40), -127.0 * 127 * 3000))
 
 
 # What they do not take.
@@ -579,7 +601,7 @@ CALLS = {
     "no heads": (ATTENTION, (Q, Q, Q, None, 0, 1.0), "are of one shape"),
     "fewer than no heads": (ATTENTION, (Q, Q, Q, None, -2, 1.0), "are of one shape"),
     "heads of odd width": (ATTENTION, (Q, Q, Q, None, 8, 1.0), "are of one shape"),
-    "float32": (ATTENTION, (Q.float(), Q.float(), Q.float(), None, 2, 1.0), "are of one shape"),
+    "two types": (ATTENTION, (Q, Q.float(), Q, None, 2, 1.0), "are of one shape"),
     "keys of other sequences": (ATTENTION, (Q, Q[:, :3], Q[:, :3], None, 2, 1.0), "are of one shape"),
     "one dimension": (ATTENTION, (Q[0, 0], Q[0, 0], Q[0, 0], None, 2, 1.0), "are of one shape"),
     "a mask of numbers": (ATTENTION, (Q, Q, Q, torch.zeros(4, 4), 2, 1.0), "The mask is boolean."),
@@ -592,7 +614,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_they_do_not_take_is_said(attends, call):
+def test_what_they_do_not_take_is_said(call):
+    able(torch.bfloat16)
     operator, arguments, said = CALLS[call]
     with pytest.raises(RuntimeError) as caught:
         operator(*arguments)
@@ -605,7 +628,8 @@ def test_what_they_do_not_take_is_said(attends, call):
 def test_why_there_are_none(monkeypatch):
     assert "for a CPU, and the graph is on cuda" in kernels.why_not(torch.int8, torch.device("cuda"))
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert kernels.why_not(torch.int8, CPU) == "This processor has no VNNI."
+    assert kernels.why_not(torch.int8, CPU) == "This processor has no AVX2."
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(("avx2", "avx512_f", "avx512_vnni"), True))
     assert kernels.why_not(torch.bfloat16, CPU) == "This processor has no AVX-512 with BF16."
     assert kernels.why_not(torch.float32, CPU).startswith("This processor has no AMX")
 

@@ -161,17 +161,15 @@ at::Tensor in_rows(const at::Tensor& x) {
   return x.stride(2) == 1 && even ? x : x.contiguous();
 }
 
-// What the kernels do not take is computed in plain PyTorch.
-bool takes(const at::Tensor& query, int64_t heads) {
-  const auto type = query.scalar_type();
-  return (type == at::kFloat || (type == at::kBFloat16 && kMultipliesBf16)) && heads > 0 && query.size(2) % (2 * heads) == 0;
+void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t heads) {
+  for (const auto& each : {query, key, value})
+    TORCH_CHECK(each.dim() == 3 && each.scalar_type() == query.scalar_type() && each.sizes() == query.sizes() && heads > 0 &&
+                    each.size(2) % (2 * heads) == 0,
+                "Query, key and value are of one shape (batch, length, width) and one type, and a head's width is even.");
 }
 
-void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value) {
-  for (const auto& each : {query, key, value})
-    TORCH_CHECK(each.dim() == 3 && each.scalar_type() == query.scalar_type() && each.sizes() == query.sizes(),
-                "Query, key and value are of one shape (batch, length, width) and one type.");
-}
+// Other types are computed in plain PyTorch.
+bool takes(at::ScalarType type) { return type == at::kFloat || (type == at::kBFloat16 && kMultipliesBf16); }
 
 template <class T>
 at::Tensor attend_in(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t heads, double scale,
@@ -192,8 +190,8 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tens
 
 at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                      const std::optional<at::Tensor>& mask, int64_t heads, double scale) {
-  check(query, key, value);
-  if (!takes(query, heads)) {
+  check(query, key, value, heads);
+  if (!takes(query.scalar_type())) {
     static const auto equal = in_plain_pytorch<decltype(attention)>("attention");
     return equal.call(query, key, value, mask, heads, scale);
   }
@@ -214,8 +212,8 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
 // The same of packed sequences, (1, tokens, width) in all: as many tokens of each as its row of `mask` has ones.
 at::Tensor packed_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& mask,
                             int64_t heads, double scale) {
-  check(query, key, value);
-  if (!takes(query, heads)) {
+  check(query, key, value, heads);
+  if (!takes(query.scalar_type())) {
     static const auto equal = in_plain_pytorch<decltype(packed_attention)>("packed_attention");
     return equal.call(query, key, value, mask, heads, scale);
   }

@@ -34,9 +34,10 @@ class QuantizeLinears(ReversibleTransformation):
     and return bfloat16, `CastToFloat16` float16. The int8 weight takes the place of the other. `keep` lists what stays
     as it is: words in the paths of layers, and "logits" for the linears that make the outputs. `leave` is the share of
     the others that stays too: those that cost most when they alone are quantised (see `sensitivity`, `calibration`),
-    which one run for each finds out. A processor without VNNI, whose sums of int8 products overflow, or one for which
-    nothing can be compiled, is refused unless `anyway`: then in plain PyTorch, slowly, to measure what the answers
-    lose. A site is one weight, wherever applied.
+    which one run for each finds out. Results are the same on every processor: without VNNI, where sums of int8 products
+    may overflow, the kernels multiply in 16 bits. One without AVX2, or for which nothing can be compiled, is refused
+    unless `anyway`: then in plain PyTorch, slowly, to measure what the answers lose. A site is one weight, wherever
+    applied.
     """
 
     promise = Approximates()

@@ -122,8 +122,8 @@ class TileAttention(ReversibleTransformation):
         a = scaled_dot_product_attention(q, k, v, mask)       becomes      y = bert_evaluation.attention(
         y = reshape(transpose(a))                                              q', k', v', mask, heads, scale)
 
-    So is that of sequences without padding (`RemovePadding`), which on a GPU has a kernel anyway. The mask, of any shape,
-    is boolean or made of a boolean one. In bfloat16; with AVX2 alone also in float32, on a GPU in float16.
+    So is that of sequences without padding (`RemovePadding`), which on a GPU has a kernel anyway. The mask, of any
+    shape, is boolean or made of a boolean one. In bfloat16; with AVX2 alone also in float32, on a GPU in float16.
     """
 
     promise = Reassociates()
