@@ -157,7 +157,7 @@ def test_every_family_in_float32(subject):
     graph = recipe(graphs.fork(base))
     assert counts(recipe.reports[2]) == LINEARS[family]
     assert counts(recipe.reports[6]) == NORMS[family]
-    assert not recipe.reports[3].applied
+    assert counts(recipe.reports[3]) == ATTENTIONS[family]
     assert recipe.promise == promise_of(graph) == Reassociates()
     found = check(reference, graph)
     assert found.kept, found
@@ -525,12 +525,12 @@ def test_linears_in_float64_are_left():
         ("causal", "is causal, drops out, or shares keys between heads."),
         ("other keys", "which is more than a tensor split into heads."),
         ("odd width", "A head's width is odd."),
-        ("float32", "It computes in torch.float32; the kernels are for bfloat16."),
+        ("float64", "It computes in torch.float64; the kernels are for bfloat16 and float32."),
     ],
 )
 def test_attention_that_is_left(kind, reason):
-    dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    _, _, graph = odd("attention" if kind == "float32" else kind, dtype=dtype)
+    dtype = torch.float64 if kind == "float64" else torch.bfloat16
+    _, _, graph = odd("attention" if kind == "float64" else kind, dtype=dtype)
     before, step = graphs.graph_hash(graph), TileAttention(anyway=True)
     step(graph)
     assert [refusal.reason.endswith(reason) for refusal in step.report.refused] == [True]
