@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bert_evaluation import graph as graphs
-from bert_evaluation import onednn
+from bert_evaluation import kernels, onednn
 from bert_evaluation.graph import GraphModule
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ class Way:
 
 
 def ways(device: torch.device) -> Iterator[Way]:
-    """All of them: none but torch's own operators, for int8 those that quantised models use (`_int_mm` is private)."""
+    """All of them: torch's own operators, for int8 those that quantised models use (`_int_mm` is private) and ours."""
     if device.type == "cpu":
         yield Way("fp32", "linear", _linear)
         yield Way("fp32", "oneDNN, weight packed", _packed)
@@ -49,6 +49,7 @@ def ways(device: torch.device) -> Iterator[Way]:
         yield Way("bf16", "oneDNN, weight packed", lambda x, w: _packed(x.bfloat16(), w.bfloat16()))
         yield Way("int8", f"quantized.linear, {torch.backends.quantized.engine}", _quantized)
         yield Way("int8", "onednn.qlinear_pointwise", _qlinear)
+        yield Way("int8", "our kernels, rows rounded too", _on_kernels)  # the only one that is right without VNNI
         return
     yield Way("fp32", f"linear{_tf32()}" if device.type == "cuda" else "linear", _linear)
     yield Way("bf16", "linear", lambda x, w: _linear(x.bfloat16(), w.bfloat16()))
@@ -98,6 +99,13 @@ def _qlinear(x: Tensor, weight: Tensor) -> Call:
     return lambda: torch.ops.onednn.qlinear_pointwise(
         numbers, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", none, ""
     )
+
+
+def _on_kernels(x: Tensor, weight: Tensor) -> Call:
+    if reason := kernels.why_not(torch.int8, x.device):
+        raise RuntimeError(reason)
+    packed, scales = kernels.pack(weight.to(torch.int8)), torch.ones(len(weight))
+    return lambda: kernels.LINEAR(x, packed, scales, None, len(weight))
 
 
 def _scaled_by_row(x: Tensor, weight: Tensor) -> Call:
