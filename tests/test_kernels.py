@@ -634,9 +634,10 @@ def test_why_there_are_none(monkeypatch):
     assert kernels.why_not(torch.float32, CPU).startswith("This processor has no AMX")
 
 
-def test_attention_in_float32_is_for_avx2(monkeypatch):
+def test_attention_in_float32_takes_no_tiles(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(("avx2", "avx512_f", "avx512_vnni"), True))
-    assert "is for AVX2" in kernels.why_no_attention(torch.float32, 64, CPU)
+    assert kernels.why_not(torch.float32, CPU).startswith("This processor has no AMX")
+    assert kernels.why_no_attention(torch.float32, 64, CPU) == kernels.why_not(torch.int8, CPU)
     assert kernels.why_no_attention(torch.float64, 64, CPU).endswith("the kernels are for bfloat16 and float32.")
     assert kernels.why_no_attention(torch.bfloat16, 63, CPU) == "A head's width is odd."
 

@@ -26,6 +26,7 @@ from bert_evaluation.transformation import (
 )
 from bert_evaluation.verification import (
     FAILURES,
+    OUTPUT,
     Place,
     Reference,
     Verification,
@@ -45,7 +46,7 @@ class Blame:
     """Where a promise was broken.
 
     The smallest probe that shows it, the first node and layer where the graphs before and after the step part, the step
-    and the site that cause it, and a command line that shows it again.
+    and the site that cause it, a command line that shows it again, and what that node says if it fails.
     """
 
     probe: str
@@ -54,6 +55,7 @@ class Blame:
     step: str
     site: str
     command: str
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _walk(
             trial = _Trial(before, promise, origin, yardstick)
             failing = next(probe for probe in reference.probes if probe.name == verdict.failing_probe)
             blame = _blame(trial, step, after, failing, command)
-            verdict = replace(verdict, first_difference=str(Place(blame.node, blame.layer)))
+            verdict = replace(verdict, first_difference=str(Place(blame.node, blame.layer, blame.failure)))
         yield StepCheck(repr(recipe), number, repr(step), step.report, verdict, blame)
         if not verdict.kept:
             continue
@@ -198,8 +200,9 @@ def _blame(trial: _Trial, step: Transformation, after: GraphModule, failing: Pro
         # Sound sites may change what nodes return too, and only this one's change is of interest.
         alone = applied([site])
         after = alone if trial.breaks(alone, probe) else after
-    place = parting(trial.before, after, probe.inputs, trial.promise) or Place("output", "")
-    return Blame(probe.name, place.node, place.layer, repr(step), site, shlex.join([*command, probe.name]))
+    place = parting(trial.before, after, probe.inputs, trial.promise) or OUTPUT
+    again = shlex.join([*command, probe.name])
+    return Blame(probe.name, place.node, place.layer, repr(step), site, again, place.failure)
 
 
 def smallest(probe: Probe, fails: Callable[[Probe], bool]) -> Probe:

@@ -15,12 +15,13 @@ LOWEST: tl.constexpr = tl.constexpr(-1e30)  # below all scores
 LOG2_E = 1.4426950408889634
 # Queries and keys that a program computes at a time. Sequences of some hundred tokens leave less unused of small tiles.
 QUERIES, KEYS, WARPS, STAGES = 64, 64, 4, 3
+NARROWEST = 16  # columns that a product of tiles has at least
 
 
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, heads: int, scale: float
 ) -> Tensor:
-    """Attention of packed sequences, tensors (1, tokens, heads * width) in float16 or bfloat16, width a power of 2.
+    """Attention of packed sequences, tensors (1, tokens, heads * width) in float16 or bfloat16.
 
     Sequence i is the tokens from offsets[i] up to offsets[i + 1] (int32), none longer than `longest`.
     """
@@ -47,11 +48,13 @@ def _launch(
     result = torch.empty_like(value, memory_format=torch.contiguous_format)
     if not result.numel():
         return result
+    width = query.shape[2] // heads
     _attention[triton.cdiv(longest, QUERIES), sequences, heads](
         query, key, value, result, offsets, mask,
         query.stride(1), key.stride(1), value.stride(1), result.stride(1),
         *((0, 0, 0, 0) if mask is None else mask.stride()),
-        longest, scale * LOG2_E, query.shape[2] // heads, QUERIES, KEYS, num_warps=WARPS, num_stages=STAGES,
+        longest, scale * LOG2_E, width, max(NARROWEST, triton.next_power_of_2(width)), QUERIES, KEYS,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return result
 
@@ -65,7 +68,7 @@ def _attention(
     query, key, value, result, offsets, mask,
     query_stride, key_stride, value_stride, result_stride,
     mask_sequence, mask_head, mask_query, mask_key,
-    length, scale, width: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
+    length, scale, width: tl.constexpr, block: tl.constexpr, queries: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
     """As in FlashAttention (Dao et al., 2022, arXiv:2205.14135) no score leaves the chip."""
     sequence, head = tl.program_id(1), tl.program_id(2)
@@ -76,21 +79,19 @@ def _attention(
     begin = tl.program_id(0) * queries
     if begin < length:
         origin = first.to(tl.int64)  # what follows counts within the sequence, in 32 bits
-        columns = head * width + tl.arange(0, width)
+        columns = head * width + tl.arange(0, block)
         rows = begin + tl.arange(0, queries)
         places = tl.arange(0, keys)
-        q = tl.load(
-            query + origin * query_stride + rows[:, None] * query_stride + columns[None, :],
-            rows[:, None] < length, other=0.0,
-        )  # fmt: skip
+        theirs = _within(rows < length, width, block)
+        q = tl.load(query + origin * query_stride + rows[:, None] * query_stride + columns[None, :], theirs, other=0.0)
         key_rows = key + origin * key_stride + places[:, None] * key_stride + columns[None, :]
         value_rows = value + origin * value_stride + places[:, None] * value_stride + columns[None, :]
         largest = tl.full((queries,), float("-inf"), tl.float32)
         total = tl.zeros((queries,), tl.float32)
-        found = tl.zeros((queries, width), tl.float32)
+        found = tl.zeros((queries, block), tl.float32)
         for start in range(0, length, keys):
             inside = start + places < length
-            k = tl.load(key_rows + start * key_stride, inside[:, None], other=0.0)
+            k = tl.load(key_rows + start * key_stride, _within(inside, width, block), other=0.0)
             seen = inside[None, :]
             if mask is not None:
                 marks = mask + sequence.to(tl.int64) * mask_sequence + head.to(tl.int64) * mask_head
@@ -102,14 +103,23 @@ def _attention(
                 higher = tl.maximum(higher, LOWEST)  # where nothing was seen yet
             weights = tl.exp2(scores - higher[:, None])
             fading = tl.exp2(largest - higher)
-            v = tl.load(value_rows + start * value_stride, inside[:, None], other=0.0)
+            v = tl.load(value_rows + start * value_stride, _within(inside, width, block), other=0.0)
             found = tl.dot(weights.to(v.dtype), v, found * fading[:, None])
             total = total * fading + tl.sum(weights, 1)
             largest = higher
         if mask is not None:
             total = tl.where(total == 0.0, 1.0, total)
         place = result + origin * result_stride + rows[:, None] * result_stride + columns[None, :]
-        tl.store(place, (found / total[:, None]).to(result.dtype.element_ty), rows[:, None] < length)
+        tl.store(place, (found / total[:, None]).to(result.dtype.element_ty), theirs)
+
+
+@triton.jit
+def _within(rows, width: tl.constexpr, block: tl.constexpr):
+    """Which numbers of a tile are there, of these rows, where a head has `width` columns of the tile's `block`."""
+    inside = rows[:, None]
+    if block > width:
+        inside = inside & (tl.arange(0, block) < width)[None, :]
+    return inside
 
 
 def gelu_rows(x: Tensor) -> tuple[Tensor, Tensor]:

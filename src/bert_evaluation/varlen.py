@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-WIDTHS = (16, 32, 64, 128)  # of a head, that our own kernel is written for
+WIDEST = 128  # head that our own kernel is for
 
 
 @torch.library.custom_op("bert_evaluation::unpad", mutates_args=())
@@ -42,20 +42,13 @@ def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, heads: int, scale: float | None
 ) -> Tensor:
     """Attention of packed tokens to those of their own sequence, none of which is longer than `longest`."""
-    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
-        return _by_length(query, key, value, offsets.diff().tolist(), heads, scale)
     width = query.shape[2] // heads
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16) or width > WIDEST:
+        return _by_length(query, key, value, offsets.diff().tolist(), heads, scale)
+    from bert_evaluation import triton_kernels  # there is Triton only where there is a GPU
+
     factor = width**-0.5 if scale is None else scale
-    if width in WIDTHS:
-        from bert_evaluation import triton_kernels  # there is Triton only where there is a GPU
-
-        return triton_kernels.packed_attention(query, key, value, offsets, longest, heads, factor)
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x[0].view(-1, heads, width) for x in (query, key, value))
-    found = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=factor)
-    assert isinstance(found, Tensor)
-    return found.flatten(1).unsqueeze(0)
+    return triton_kernels.packed_attention(query, key, value, offsets, longest, heads, factor)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, heads: int, scale: float | None) -> Tensor:

@@ -87,13 +87,18 @@ class Reference:
 
 @dataclass(frozen=True)
 class Place:
-    """A node of a graph, and the layer that it is from (empty where it is from none)."""
+    """A node of a graph, the layer that it is from (empty where it is from none), and how it failed, if it did."""
 
     node: str
     layer: str
+    failure: str = ""
 
     def __str__(self) -> str:
-        return f"{self.layer} ({self.node})" if self.layer else self.node
+        place = f"{self.layer} ({self.node})" if self.layer else self.node
+        return f"{place}, which fails: {self.failure}" if self.failure else place
+
+
+OUTPUT = Place("output", "")
 
 
 def observe(model: nn.Module, probes: Sequence[Probe] | None = None, precise: nn.Module | None = None) -> Reference:
@@ -133,7 +138,7 @@ def check(reference: Reference, graph: GraphModule) -> Verification:
         return found
     inputs = next(probe.inputs for probe in reference.probes if probe.name == found.failing_probe)
     base = model if isinstance(model, GraphModule) else capture(model, None if hasattr(model, "config") else inputs)
-    return replace(found, first_difference=str(parting(base, graph, inputs, promise)))
+    return replace(found, first_difference=str(parting(base, graph, inputs, promise) or OUTPUT))
 
 
 def results(graph: nn.Module, probes: Iterable[Probe]) -> tuple[list[Tensor], ...]:
@@ -253,18 +258,19 @@ def _ulp(expected: Sequence[Tensor], got: Sequence[Tensor], marks: Tensor | None
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps what each node returned, and the node that it failed at."""
+    """Runs a graph and keeps what each node returned, and where and how it failed."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
         self.values: dict[str, tuple[Node, list[Tensor]]] = {}
-        self.failed: Node | None = None
+        self.failed: Place | None = None
 
     def run_node(self, n: Node) -> Any:
         try:
             value = super().run_node(n)
-        except FAILURES:
-            self.failed = n
+        except FAILURES as failure:
+            said = str(failure).strip().splitlines() or [type(failure).__name__]
+            self.failed = Place(n.name, graphs.layer(n), said[0])
             raise
         self.values[n.name] = (n, graphs.output_tensors(value))
         return value
@@ -284,8 +290,8 @@ def _record(graph: GraphModule, inputs: Mapping[str, Tensor]) -> _Recorder:
 def parting(before: GraphModule, after: GraphModule, inputs: Mapping[str, Tensor], promise: Promise) -> Place | None:
     """The first node of a graph whose namesake in the transformed one returns something else, or else fails.
 
-    A node is held against its own float64 result as outputs are; for `Bitwise` it has to be equal. Parameters are
-    passed over: it is what is computed with them that counts. What is packed is compared as if it were padded.
+    A node is held against its own float64 result as outputs are; for `Bitwise` it has to be equal, for `Approximates`
+    finite where its namesake is. Parameters are passed over: it is what is computed with them that counts. What is packed is compared as if it were padded.
     """
     expected, got, marks = _record(before, inputs), _record(after, inputs), _marks(inputs, promise)
     exact = {} if isinstance(promise, Bitwise) else _record(_graph_in_double(before), _doubled(inputs)).values
@@ -297,7 +303,7 @@ def parting(before: GraphModule, after: GraphModule, inputs: Mapping[str, Tensor
             others = [_padded(other, like, marks) for other, like in zip(others, values, strict=False)]
         if _part(values, others, exact.get(name, (node, values))[1], promise, marks):
             return Place(name, graphs.layer(node))
-    return None if got.failed is None else Place(got.failed.name, graphs.layer(got.failed))
+    return got.failed
 
 
 def _part(
@@ -305,6 +311,8 @@ def _part(
 ) -> bool:
     if isinstance(promise, Bitwise):
         return _distance(values, others, marks) > 0
+    if isinstance(promise, Approximates):
+        return math.isinf(_distance(values, others, marks))
     return not _distance(exact, others, marks) <= _tolerance(exact, values)
 
 

@@ -504,3 +504,19 @@ def test_only_what_is_true_everywhere_is_taken_out_of_a_mask():
         assert made.meta["val"].shape[2] == rows
         example = {"x": torch.randn(3, 2, 5, 8), "mask": inputs()["mask"]}
         assert torch.equal(base(**example), graph(**example))
+
+
+@pytest.mark.parametrize(("family", "floors"), [("bert", 1), ("mpnet", 2)])  # layers share a mask, but no bias
+def test_on_cuda_what_is_added_stays_finite_times_any_factor(family, floors):
+    graph = capture(tiny(family, attn_implementation="eager"))
+    for node in graph.graph.nodes:  # as if it were there
+        if isinstance(value := node.meta.get("val"), torch.Tensor):
+            with value.fake_mode:
+                node.meta["val"] = torch.empty_like(value, device="cuda")
+    FuseAttention()(graph)
+    found = list(graphs.calls(graph, aten.clamp_min.default))
+    assert len(found) == floors
+    assert {node.args[3] for node in graphs.calls(graph, SDPA)} == set(found)
+    lowest = torch.full((1, 1, 2, 2), torch.finfo(torch.float32).min).clamp_min(found[0].args[1])
+    assert (1.5 * lowest).isfinite().all()
+    assert torch.equal(lowest + 1e6, lowest)

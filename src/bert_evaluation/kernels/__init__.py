@@ -64,14 +64,13 @@ def why_no_attention(kind: torch.dtype, width: int, device: torch.device) -> str
     if kind not in types:
         return f"It computes in {kind}; the kernels are for {' and '.join(str(each)[6:] for each in types)}."
     if device.type == "cuda":
-        if width not in varlen.WIDTHS:
-            return f"Its heads are {width} wide; the kernel is for widths of {', '.join(map(str, varlen.WIDTHS))}."
+        if width > varlen.WIDEST:
+            return f"Its heads are {width} wide; the kernel is for widths up to {varlen.WIDEST}."
         return "triton, which the kernel is written in, is not installed." if find_spec("triton") is None else None
     if width % 2:
         return "A head's width is odd."
-    if kind is torch.float32 and _on_avx512():
-        return "Attention's kernel in float32 is for AVX2; on AVX-512 it has not been measured against torch's."
-    return why_not(kind, device)
+    # In float32 it is computed in plain vectors, not in tiles: wherever there are kernels at all, which int8 says.
+    return why_not(torch.int8 if kind is torch.float32 else kind, device)
 
 
 def prepare(graph: GraphModule) -> GraphModule:

@@ -14,7 +14,7 @@
 
 namespace bert_evaluation {
 
-constexpr int64_t kBlock = 128;  // rows whose numbers and sums stay in the second-level cache,
+constexpr int64_t kBlock = 128;  // rows whose numbers and sums stay in the second-level cache, or twice as many,
 #ifdef BERT_EVALUATION_AVX512
 constexpr int64_t kSteps = 1 << 20;  // and so many steps of them
 #else
@@ -36,12 +36,29 @@ struct Arguments {
   float eps;
 };
 
+inline int64_t second_level_cache() {
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return bytes;
+}
+
 // What a step of a row is worth. NaN is above all.
 template <class T> float step_of(const T* x, int64_t inputs) {
-  Floats most;
-  for (int64_t k = 0; k < inputs; k += kLanes) most = max_bits(most, abs(load(x + k, inputs - k)));
-  return std::max(std::bit_cast<float>(largest_bits(most)), kLargest * std::numeric_limits<float>::min()) / kLargest;
+  return std::max(std::bit_cast<float>(largest_size(x, inputs)), kLargest * std::numeric_limits<float>::min()) / kLargest;
 }
+
+// Memory that will be read next, on its way to the second-level cache, some lines at a time: from the last one it comes
+// too slowly to wait for it.
+struct Ahead {
+  const char *from = nullptr, *end = nullptr;
+  int64_t lines = 0;
+  // Of all of it, spread over so many times.
+  Ahead(const void* data, int64_t bytes, int64_t times)
+      : from((const char*)data), end(from + bytes), lines(up(bytes, 64 * times) / (64 * times)) {}
+  Ahead() = default;
+  void fetch() {
+    for (const char* upto = std::min(end, from + 64 * lines); from < upto; from += 64) __builtin_prefetch(from, 0, 2);
+  }
+};
 
 template <class Kind, class T>
 struct Linear {
@@ -69,12 +86,19 @@ struct Linear {
         inverse = 1 / *scales++;
       }
       auto* place = (left*)(to + (row / kTile - begin / kTile) * tile_bytes + row % kTile * row_step<Kind>);
-      for (int64_t k = 0; k < steps * Kind::step; k += kLanes, place += kLanes) {
-        if (k && k % Kind::step == 0) place += (Kind::parts * part - row_step<Kind>) / sizeof(left);
-        const Floats y = load(from + k, there ? of.inputs - k : 0);
-        if constexpr (is_split) split(y, place, part / sizeof(left));
-        else if constexpr (is_int8) store(place, y * inverse);
-        else store(place, y);
+      for (int64_t k = 0; k < steps * Kind::step; k += Kind::step, place += Kind::parts * part / sizeof(left)) {
+        const int64_t there_are = there ? of.inputs - k : 0;
+        if constexpr (is_int8) {
+          store_whole(place, load(from + k, there_are) * inverse, load(from + k + kLanes, there_are - kLanes) * inverse,
+                      load(from + k + 2 * kLanes, there_are - 2 * kLanes) * inverse,
+                      load(from + k + 3 * kLanes, there_are - 3 * kLanes) * inverse);
+        } else {
+          for (int64_t n = 0; n < Kind::step; n += kLanes) {
+            const Floats y = load(from + k + n, there_are - n);
+            if constexpr (is_split) split(y, place + n, part / sizeof(left));
+            else store(place + n, y);
+          }
+        }
       }
     }
   }
@@ -117,12 +141,13 @@ struct Linear {
 
   // `sums` (32 x 32) of a block's rows from `row` on and of a pair of panels, which lie at `right`, from step `start` on.
   void multiply(const Tiles& tiles, const Block& block, int64_t row, const Factor& right, int64_t start, int64_t end, sum* sums,
-                Waiting& waiting) const {
+                Waiting& waiting, Ahead& ahead) const {
     const bool direct = in_place && row + kTile <= of.rows;
     const char* prepared = block.rows + (row - block.begin) / kTile * tile_bytes;
     const Factor rows = direct ? Factor{(const char*)x(row) + start * row_step<Kind>, of.stride * (int64_t)sizeof(T), row_step<Kind>}
                                : Factor{prepared + start * Kind::parts * part, row_step<Kind>, Kind::parts * part, part};
     tiles.template multiply<Kind>(rows, std::min<int64_t>(kTile, of.rows - row), right, end - start, sums, kTile, start > 0, [&](int64_t k) {
+      if constexpr (!is_split) ahead.fetch();
       finish(waiting, waiting.rows * (k + 1) / (end - start), block);
     });
     finish(waiting, waiting.rows, block);
@@ -141,15 +166,19 @@ struct Linear {
     const int64_t places = steps > most ? std::max<int64_t>(2, rows * (last_pair - first_pair)) : 2;
     sum* sums = sum_tiles.get(places * kTile * kTile);
     Waiting waiting;
+    const bool panels_stay = 2 * panel * (last_pair - first_pair) <= second_level_cache() * 3 / 4;
     for (int64_t start = 0; start < steps; start += most) {
       const int64_t end = std::min(steps, start + most);
       int64_t number = 0;
-      for (int64_t pair = first_pair; pair < last_pair; pair++)
+      for (int64_t pair = first_pair; pair < last_pair; pair++) {
+        const int64_t next = pair + 1 < last_pair ? pair + 1 : first_pair;
+        Ahead ahead(of.weight + 2 * panel * next, panels_stay ? 0 : 2 * panel, rows * steps);
         for (int64_t row = block.begin; row < block.end; row += kTile, number++) {
           sum* tile = sums + number % places * kTile * kTile;
-          multiply(tiles, block, row, {of.weight + 2 * pair * panel + start * panel_step<Kind>, panel, panel_step<Kind>}, start, end, tile, waiting);
+          multiply(tiles, block, row, {of.weight + 2 * pair * panel + start * panel_step<Kind>, panel, panel_step<Kind>}, start, end, tile, waiting, ahead);
           waiting = end == steps ? made(tile, row, pair) : Waiting{};
         }
+      }
     }
     finish(waiting, waiting.rows, block);
   }
@@ -163,6 +192,7 @@ struct Linear {
     bfloat16* panels = split_panels.get(2 * group * most * Kind::parts * numbers);
     float* sums = sum_tiles.get(std::max<int64_t>(2, steps > most ? (block.end - block.begin) / kTile * group : 0) * kTile * kTile);
     Waiting waiting;
+    Ahead ahead;
     for (int64_t pair = first_pair; pair < last_pair; pair += group) {
       const int64_t pairs = std::min(group, last_pair - pair);
       finish(waiting, waiting.rows, block);  // before its memory is used again
@@ -178,7 +208,7 @@ struct Linear {
         for (int64_t row = block.begin; row < block.end; row += kTile)
           for (int64_t i = 0; i < pairs; i++, number++) {
             float* tile = sums + (steps > most ? number : number % 2) * kTile * kTile;
-            multiply(tiles, block, row, {panels + 2 * i * size, size * 2, step, panel_step<Kind>}, start, end, tile, waiting);
+            multiply(tiles, block, row, {panels + 2 * i * size, size * 2, step, panel_step<Kind>}, start, end, tile, waiting, ahead);
             waiting = end == steps ? made(tile, row, pair + i) : Waiting{};
           }
       }
@@ -209,7 +239,10 @@ struct Linear {
     };
     const int64_t end = up(of.rows, kTile);
     if (of.rows >= kBlock * threads || threads == 1) {
-      constexpr int64_t most = is_split ? kSplitBlock : kBlock;
+      // Of larger blocks, fewer read the panels again.
+      const int64_t bytes = tile_bytes / kTile + (norms ? of.outputs * (int64_t)sizeof(float) : 0);
+      const bool may_double = 2 * kBlock * bytes <= second_level_cache() * 3 / 8;
+      const int64_t most = is_split ? kSplitBlock : may_double ? 2 * kBlock : kBlock;
       const int64_t rows = up(of.rows, threads) / threads, blocks = up(rows, most) / most * threads;
       const int64_t size = up(up(of.rows, blocks) / blocks, kTile);
       share(up(of.rows, size) / size, [&](const Tiles& tiles, int64_t each) {

@@ -62,7 +62,7 @@ inline float sum(Floats x) {
 inline float largest(Floats x) {
   return _mm_cvtss_f32(reduce(_mm256_max_ps(x.low, x.high), [](__m128 a, __m128 b) { return _mm_max_ps(a, b); }));
 }
-// By their bits, whose order is that of numbers without a sign; NaN is above all.
+// By their bits, whose order is that of numbers without a sign.
 inline __m256 max_bits(__m256 x, __m256 y) {
   return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
 }
@@ -103,6 +103,12 @@ inline void store(int16_t* to, Floats x) {
   whole = _mm256_max_epi16(_mm256_min_epi16(whole, _mm256_set1_epi16(127)), _mm256_set1_epi16(-128));
   const __m128i order = _mm_set_epi8(15, 14, 11, 10, 13, 12, 9, 8, 7, 6, 3, 2, 5, 4, 1, 0);
   _mm256_storeu_si256((__m256i*)to, _mm256_shuffle_epi8(whole, _mm256_broadcastsi128_si256(order)));
+}
+inline void store_whole(int16_t* to, Floats a, Floats b, Floats c, Floats d) {
+  store(to, a);
+  store(to + kLanes, b);
+  store(to + 2 * kLanes, c);
+  store(to + 3 * kLanes, d);
 }
 
 // The first `lanes` of them; the others are zeros, or are left as they were. (AMD's masked stores are slow.)
@@ -149,6 +155,13 @@ inline Lanes load_lanes(const bool* from, int64_t lanes) {
   int32_t found[kLanes];
   for (int i = 0; i < kLanes; i++) found[i] = i < lanes && from[i] ? -1 : 0;
   return {_mm256_loadu_ps((const float*)found), _mm256_loadu_ps((const float*)(found + 8))};
+}
+
+// The bits of the largest of them without its sign; NaN is above all.
+template <class T> inline uint32_t largest_size(const T* x, int64_t size) {
+  Floats most;
+  for (int64_t k = 0; k < size; k += kLanes) most = max_bits(most, abs(load(x + k, size - k)));
+  return largest_bits(most);
 }
 
 }  // namespace bert_evaluation

@@ -31,11 +31,6 @@ inline Lanes not_less(Floats x, Floats y) { return _mm512_cmp_ps_mask(x.all, y.a
 inline Floats choose(Lanes which, Floats x, Floats otherwise) { return _mm512_mask_mov_ps(otherwise.all, which, x.all); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x.all); }
 inline float largest(Floats x) { return _mm512_reduce_max_ps(x.all); }
-// By their bits, whose order is that of numbers without a sign; NaN is above all.
-inline Floats max_bits(Floats x, Floats y) {
-  return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(x.all), _mm512_castps_si512(y.all)));
-}
-inline uint32_t largest_bits(Floats x) { return _mm512_reduce_max_epu32(_mm512_castps_si512(x.all)); }
 
 // Rounded to nearest, ties to even, as torch rounds.
 inline __m256i to_bfloat16(Floats x) {
@@ -49,14 +44,47 @@ inline __m256i to_bfloat16(Floats x) {
 }
 inline Floats widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
-// The first `lanes` of them; the others are zeros, or are left as they were.
-inline Floats load(const float* from, int64_t lanes = kLanes) { return _mm512_maskz_loadu_ps(first(lanes), from); }
-inline Floats load(const bfloat16* from, int64_t lanes = kLanes) { return widened(_mm256_maskz_loadu_epi16(first(lanes), from)); }
+// The first `lanes` of them; the others are zeros, or are left as they were. Most often it is all, which needs no mask.
+inline Floats load(const float* from, int64_t lanes = kLanes) {
+  return lanes >= kLanes ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(first(lanes), from);
+}
+inline Floats load(const bfloat16* from, int64_t lanes = kLanes) {
+  return widened(lanes >= kLanes ? _mm256_loadu_si256((const __m256i*)from) : _mm256_maskz_loadu_epi16(first(lanes), from));
+}
 inline Floats load(const int32_t* from) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(from)); }
-inline void store(float* to, Floats x, int64_t lanes = kLanes) { _mm512_mask_storeu_ps(to, first(lanes), x.all); }
-inline void store(bfloat16* to, Floats x, int64_t lanes = kLanes) { _mm256_mask_storeu_epi16(to, first(lanes), to_bfloat16(x)); }
-// As the nearest whole numbers.
-inline void store(int8_t* to, Floats x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x.all))); }
+inline void store(float* to, Floats x, int64_t lanes = kLanes) {
+  if (lanes >= kLanes) _mm512_storeu_ps(to, x.all);
+  else _mm512_mask_storeu_ps(to, first(lanes), x.all);
+}
+inline void store(bfloat16* to, Floats x, int64_t lanes = kLanes) {
+  if (lanes >= kLanes) _mm256_storeu_si256((__m256i*)to, to_bfloat16(x));
+  else _mm256_mask_storeu_epi16(to, first(lanes), to_bfloat16(x));
+}
+// As the nearest whole numbers, one behind the other.
+inline void store_whole(int8_t* to, Floats a, Floats b, Floats c, Floats d) {
+  const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a.all), _mm512_cvtps_epi32(b.all));
+  const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c.all), _mm512_cvtps_epi32(d.all));
+  // Four of each lie side by side now.
+  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
+}
+
+// The bits of the largest of them without its sign. Their order is that of the numbers; NaN is above all.
+inline uint32_t largest_size(const float* x, int64_t size) {
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t k = 0; k < size; k += kLanes) most = _mm512_max_epu32(most, _mm512_castps_si512(abs(load(x + k, size - k)).all));
+  return _mm512_reduce_max_epu32(most);
+}
+inline uint32_t largest_size(const bfloat16* x, int64_t size) {
+  const __m512i sizes = _mm512_set1_epi16(0x7fff);
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t k = 0; k < size; k += 2 * kLanes) {
+    const __mmask32 there = size - k >= 2 * kLanes ? ~0u : (1u << (size - k)) - 1;
+    most = _mm512_max_epu16(most, _mm512_and_si512(sizes, _mm512_maskz_loadu_epi16(there, x + k)));
+  }
+  const __m512i high = _mm512_srli_epi32(most, 16), low = _mm512_and_si512(most, _mm512_set1_epi32(0xffff));
+  return (uint32_t)_mm512_reduce_max_epu32(_mm512_max_epu32(high, low)) << 16;
+}
 
 // Pairs of them, one of each beside the other.
 inline void store_pairs(float* to, Floats x, Floats y) {

@@ -39,6 +39,7 @@ from bert_evaluation.transformations.written_attention import (
 )
 
 aten = torch.ops.aten
+FLOOR = aten.clamp_min.default
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class FuseAttention(KeepsTensors):
         stored, read = graphs.tensors(graph), graphs.read_names(graph)
         replaced, split = written.result, written.split
         with graph.graph.inserting_before(replaced):
-            bias = _bias(graph, written)
+            bias = _floored(graph, _bias(graph, written), replaced)
             query = _oriented(graph, written.query, swapped=False)
             key = _oriented(graph, written.key, swapped=True)
             value = written.value
@@ -320,6 +321,26 @@ def _bias(graph: GraphModule, written: _Written) -> Node | None:
             bias = graph.graph.call_function(aten.mul.Tensor, (bias, factor(node)))
             bias.meta["val"] = value
     return bias
+
+
+def _floored(graph: GraphModule, bias: Node | None, at: Node) -> Node | None:
+    """A bias that stays finite in CUDA's kernels, which multiply scores by log2(e) in float32 before their softmax.
+
+    The lowest numbers would be -inf there, and a row that is masked with them 0 instead of the mean of all values. Half
+    of the lowest is as good: what it is added to is rounded away.
+    """
+    if bias is None:
+        return None
+    value = bias.meta["val"]
+    if value.device.type != "cuda" or value.dtype not in (torch.float32, torch.bfloat16):
+        return bias
+    arguments = bias, torch.finfo(torch.float32).min / 2
+    for node in bias.users:  # the floor of another layer's attention
+        if node.target is FLOOR and node.args == arguments and not writes_between(node, at, bias):
+            return node
+    node = graph.graph.call_function(FLOOR, arguments)
+    node.meta["val"] = value
+    return node
 
 
 def _masked(graph: GraphModule, bias: Node | None, mask: _Mask, like: Tensor) -> Node:
