@@ -37,10 +37,10 @@ PRECISIONS = ("fp32", "bf16", "int8")
 OURS = (
     "captured=LintAndRecompile",
     *(
-        f"ours {preset}@{precision}={preset}"
+        f"ours {preset}{compiled}@{precision}={preset}{step}"
         for preset, precision in zip(("exact", "bf16", "int8"), PRECISIONS, strict=True)
+        for compiled, step in (("", ""), (" compiled", "+Compile"))
     ),
-    "ours int8 compiled@int8=int8+Compile",
 )
 Seconds = Mapping[str, Sequence[float]]
 

@@ -8,7 +8,7 @@ from bert_evaluation import graph as graphs
 from bert_evaluation.errors import TransformationError, UsageError
 from bert_evaluation.recipe import ReversibleRecipe, parse_recipe
 from bert_evaluation.transformation import Approximates, Reassociates, Site, Transformation, history
-from bert_evaluation.transformations import PRESETS, REGISTRY, MergeLinears, RemoveDropout, recipes
+from bert_evaluation.transformations import PRESETS, PRESETS_ON_CUDA, REGISTRY, MergeLinears, RemoveDropout, recipes
 
 aten = torch.ops.aten
 
@@ -134,3 +134,13 @@ def test_a_preset_is_its_steps_under_its_name():
     assert more.name == "exact+DeepCopy"
     with pytest.raises(UsageError, match="exact"):
         parse_recipe("exakt", REGISTRY, PRESETS)
+
+
+def test_what_has_to_be_last_in_a_preset_is_last_of_all():
+    def last_two(text):
+        return [repr(step) for step in parse_recipe(text, REGISTRY, PRESETS_ON_CUDA).steps][-2:]
+
+    assert last_two("exact") == ["MergeLinears()", "Compile()"]
+    assert last_two("exact+DeepCopy") == ["DeepCopy()", "Compile()"]
+    assert last_two("exact+bf16+DeepCopy") == ["DeepCopy()", "Compile()"]
+    assert last_two("exact+DeepCopy+Compile(cuda_graphs=True)") == ["DeepCopy()", "Compile(cuda_graphs=True)"]

@@ -105,8 +105,9 @@ def parse_recipe(
 ) -> Recipe:
     """The recipe that a text such as `RemoveDropout+MergeLinears()` names; `repr` of a recipe reads back.
 
-    A preset's name stands for its steps, alone or among others. Raises UsageError for a name that is not in the
-    registry (with the nearest ones) and for what is not a recipe.
+    A preset's name stands for its steps, alone or among others; what has to be last in it stands at the end of all,
+    unless the text has its own there. Raises UsageError for a name that is not in the registry (with the nearest ones)
+    and for what is not a recipe.
     """
     try:
         terms = _terms(ast.parse(text.strip(), mode="eval").body)
@@ -122,13 +123,14 @@ def parse_recipe(
         raise UsageError(
             f"{text!r} is not a recipe; write names joined by +, such as RemoveDropout+MergeLinears."
         ) from None
-    steps = [
-        step
-        for name, arguments in parsed
-        for step in (
-            [kind() for kind in presets[name]] if name in presets else [_make(name, arguments, registry, presets)]
-        )
-    ]
+    steps, last = list[Transformation](), list[Transformation]()
+    for name, arguments in parsed:
+        if name not in presets:
+            steps.append(_make(name, arguments, registry, presets))
+            continue
+        steps += [kind() for kind in presets[name] if not kind.is_last]
+        last = [kind() for kind in presets[name] if kind.is_last] or last
+    steps += last if not steps or not steps[-1].is_last else []
     # Named as it was written, so that two that differ in an argument have two names.
     return compose(*steps, title="+".join(ast.unparse(term).removesuffix("()") for term in terms))
 

@@ -142,6 +142,7 @@ class Transformation:
 
     promise: Promise = Approximates()
     calibrates: bool = False  # whether what it does depends on calibration inputs
+    is_last: bool = False  # whether nothing can act behind it
 
     def __init_subclass__(cls) -> None:
         """Take `preserves_computation = True`, optimum.fx's way to say it, for a promise."""

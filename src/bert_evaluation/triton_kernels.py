@@ -15,7 +15,7 @@ LOWEST: tl.constexpr = tl.constexpr(-1e30)  # below all scores
 LOG2_E = 1.4426950408889634
 # Queries and keys that a program computes at a time. Sequences of some hundred tokens leave less unused of small tiles.
 QUERIES, KEYS, WARPS, STAGES = 64, 64, 4, 3
-NARROWEST = 16  # columns that a product of tiles has at least
+NARROWEST = 16  # rows and columns that a product of tiles has at least
 
 
 def packed_attention(
@@ -49,11 +49,14 @@ def _launch(
     if not result.numel():
         return result
     width = query.shape[2] // heads
-    _attention[triton.cdiv(longest, QUERIES), sequences, heads](
+    # With few programs each had better be short: then the rest of the GPU would wait for them.
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    queries = QUERIES if triton.cdiv(longest, QUERIES) * sequences * heads >= processors else NARROWEST
+    _attention[triton.cdiv(longest, queries), sequences, heads](
         query, key, value, result, offsets, mask,
         query.stride(1), key.stride(1), value.stride(1), result.stride(1),
         *((0, 0, 0, 0) if mask is None else mask.stride()),
-        longest, scale * LOG2_E, width, max(NARROWEST, triton.next_power_of_2(width)), QUERIES, KEYS,
+        longest, scale * LOG2_E, width, max(NARROWEST, triton.next_power_of_2(width)), queries, KEYS,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return result

@@ -291,7 +291,8 @@ def parting(before: GraphModule, after: GraphModule, inputs: Mapping[str, Tensor
     """The first node of a graph whose namesake in the transformed one returns something else, or else fails.
 
     A node is held against its own float64 result as outputs are; for `Bitwise` it has to be equal, for `Approximates`
-    finite where its namesake is. Parameters are passed over: it is what is computed with them that counts. What is packed is compared as if it were padded.
+    finite where its namesake is. Parameters are passed over: it is what is computed with them that counts. What is
+    packed is compared as if it were padded.
     """
     expected, got, marks = _record(before, inputs), _record(after, inputs), _marks(inputs, promise)
     exact = {} if isinstance(promise, Bitwise) else _record(_graph_in_double(before), _doubled(inputs)).values

@@ -24,6 +24,7 @@ from bert_evaluation.transformations.padding import RemovePadding
 from bert_evaluation.transformations.precision import CastToBFloat16, CastToFloat16
 from bert_evaluation.transformations.pruning import PruneFeedForward, PruneHeads
 from bert_evaluation.transformations.quantization import QuantizeLinears
+from bert_evaluation.transformations.splitting import SplitLinears
 from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
 from bert_evaluation.transformations.tiles import TileAttention, TileLinears
 
@@ -53,6 +54,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     CastEmbeddings,
     QuantizeLinears,
     QuantizeToFloat8,
+    SplitLinears,
     TileLinears,
     TileAttention,
     FuseSkipLayerNorm,
@@ -136,6 +138,7 @@ __all__ = [
     "RemoveDropout",
     "RemovePadding",
     "ReversibleTransformation",
+    "SplitLinears",
     "TileAttention",
     "TileLinears",
     "Transformation",

@@ -32,6 +32,7 @@ class Compile(ReversibleTransformation):
     """
 
     promise: Promise = Reassociates()
+    is_last = True
 
     def __init__(self, cuda_graphs: bool = False, autotune: bool = False) -> None:
         self.cuda_graphs = cuda_graphs
