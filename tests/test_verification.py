@@ -70,6 +70,21 @@ def test_a_wrong_slice_is_found(bert, bert_graph):
     assert "layer.0" in found.first_difference
 
 
+def test_a_node_that_fails_is_named_with_what_it_says(bert, bert_graph):
+    """And not the first node that an approximation changed."""
+    graph = Scale(1.5, Approximates)(graphs.fork(bert_graph))
+    gelu = list(graphs.calls(graph, aten.gelu.default))[-1]
+    with graph.graph.inserting_after(gelu):
+        halves = graph.graph.call_function(aten.view.default, (gelu, [2, -1, gelu.meta["val"].shape[-1]]))
+    halves.meta = dict(gelu.meta)
+    gelu.replace_all_uses_with(halves, delete_user_cb=lambda user: user is not halves)
+    graph.recompile()
+    found = verify(bert, graph)
+    assert (found.verdict, found.error, found.failing_probe) == ("broken", float("inf"), "batch 1, length 1")
+    assert found.first_difference.startswith("bert.encoder.layer.1.intermediate")
+    assert "(view_default), which fails: shape '[2, -1," in found.first_difference
+
+
 def test_against_a_graph_as_against_the_model(bert, bert_graph):
     graph = RemoveDropout()(graphs.fork(bert_graph))
     probes = default_probes(bert)
