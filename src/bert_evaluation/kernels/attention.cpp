@@ -55,6 +55,20 @@ template <class T> void pack_keys(const T* keys, int64_t stride, int64_t length,
   }
 }
 
+#ifdef BERT_EVALUATION_AVX512
+// The same, 16 pairs at a time.
+void pack_keys(const bfloat16* keys, int64_t stride, int64_t length, int64_t width, int64_t padded, bfloat16* to) {
+  for (int64_t key = 0; key < up(length, kTile); key += kPanel)
+    for (int64_t pair = 0; pair < padded / 2; pair += kLanes) {
+      __m512i rows[kPanel];
+      for (int64_t i = 0; i < kPanel; i++)
+        rows[i] = _mm512_maskz_loadu_epi32(first(key + i < length ? width / 2 - pair : 0), keys + (key + i) * stride + 2 * pair);
+      transpose(rows);
+      for (int64_t i = 0; i < kLanes; i++, to += 2 * kPanel) _mm512_storeu_si512(to, rows[i]);
+    }
+}
+#endif
+
 // Values as they are, rows in pairs: for 16 columns, row after row of two values' numbers.
 template <class T> void pack_values(const T* values, int64_t stride, int64_t length, int64_t width, int64_t padded, T* to) {
   for (int64_t column = 0; column < up(width, kTile); column += kPanel)

@@ -97,6 +97,28 @@ inline void store_pairs(bfloat16* to, Floats x, Floats y) {  // both hold number
                                           _mm512_and_si512(_mm512_castps_si512(y.all), _mm512_set1_epi32(0xffff0000))));
 }
 
+// Sixteen rows of 32 bits to sixteen columns of them.
+inline void transpose(__m512i (&rows)[16]) {
+  __m512i pairs[16], fours[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {  // in each 128 bits: column 2 j and the next one, of four rows
+      fours[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+    }
+  for (int j = 0; j < 4; j++) {
+    const __m512i a = _mm512_shuffle_i32x4(fours[j], fours[j + 4], 0x88), b = _mm512_shuffle_i32x4(fours[j], fours[j + 4], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(fours[j + 8], fours[j + 12], 0x88), d = _mm512_shuffle_i32x4(fours[j + 8], fours[j + 12], 0xdd);
+    rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+    rows[j + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+    rows[j + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    rows[j + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+}
+
 // Which of `lanes` are true; `from` is null if all are.
 inline Lanes load_lanes(const bool* from, int64_t lanes) {
   if (!from) return first(lanes);
