@@ -8,6 +8,7 @@ import shutil
 import sysconfig
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
@@ -169,10 +170,13 @@ class Compiled:
         }
         function: Callable[..., Any] = torch.compile(graph.forward, fullgraph=True, dynamic=False, options=options)
         with (
+            warnings.catch_warnings(),
             torch.inference_mode(False),
             torch.no_grad(),
             torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
         ):
+            # Float16 is looked up for bfloat16 where CastEmbeddings was; the result is checked like any other.
+            warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
             sizes = self._example_sizes(signature.longest)
             inputs = {each.name: each.zeros(sizes) for each in signature.inputs}
             for each in signature.inputs:
