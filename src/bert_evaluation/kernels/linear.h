@@ -17,8 +17,10 @@ namespace bert_evaluation {
 constexpr int64_t kBlock = 128;  // rows whose numbers and sums stay in the second-level cache, or twice as many,
 #ifdef BERT_EVALUATION_AVX512
 constexpr int64_t kSteps = 1 << 20;  // and so many steps of them
+constexpr bool kFetchesAhead = true;
 #else
 constexpr int64_t kSteps = 24;
+constexpr bool kFetchesAhead = false;  // on AVX2 it gained nothing
 #endif
 // Of float32: rows for which so many bytes of panels, in so many steps, are split.
 constexpr int64_t kSplitBlock = 512, kSplit = 1 << 20, kSplitSteps = 24;
@@ -166,7 +168,7 @@ struct Linear {
     const int64_t places = steps > most ? std::max<int64_t>(2, rows * (last_pair - first_pair)) : 2;
     sum* sums = sum_tiles.get(places * kTile * kTile);
     Waiting waiting;
-    const bool panels_stay = 2 * panel * (last_pair - first_pair) <= second_level_cache() * 3 / 4;
+    const bool panels_stay = !kFetchesAhead || 2 * panel * (last_pair - first_pair) <= second_level_cache() * 3 / 4;
     for (int64_t start = 0; start < steps; start += most) {
       const int64_t end = std::min(steps, start + most);
       int64_t number = 0;
