@@ -15,11 +15,12 @@
 namespace bert_evaluation {
 
 constexpr int64_t kBlock = 128;  // rows whose numbers and sums stay in the second-level cache, or twice as many,
+// and so many steps of them. In float32 on AVX-512 it is a pair of panels that stays, in the first-level cache.
 #ifdef BERT_EVALUATION_AVX512
-constexpr int64_t kSteps = 1 << 20;  // and so many steps of them
+template <class Kind> constexpr int64_t kSteps = std::is_same_v<Kind, Float32> ? 8 : 1 << 20;
 constexpr bool kFetchesAhead = true;
 #else
-constexpr int64_t kSteps = 24;
+template <class Kind> constexpr int64_t kSteps = 24;
 constexpr bool kFetchesAhead = false;  // on AVX2 it gained nothing
 #endif
 // Of float32: rows for which so many bytes of panels, in so many steps, are split.
@@ -48,17 +49,20 @@ template <class T> float step_of(const T* x, int64_t inputs) {
   return std::max(std::bit_cast<float>(largest_size(x, inputs)), kLargest * std::numeric_limits<float>::min()) / kLargest;
 }
 
-// Memory that will be read next, on its way to the second-level cache, some lines at a time: from the last one it comes
-// too slowly to wait for it.
+// What will be read next of two panels, which are `apart`, on its way to the second-level cache, some lines at a time: from
+// the last one it comes too slowly to wait for it.
 struct Ahead {
   const char *from = nullptr, *end = nullptr;
-  int64_t lines = 0;
-  // Of all of it, spread over so many times.
-  Ahead(const void* data, int64_t bytes, int64_t times)
-      : from((const char*)data), end(from + bytes), lines(up(bytes, 64 * times) / (64 * times)) {}
+  int64_t apart = 0, lines = 0;
+  // All of that, spread over so many times.
+  Ahead(const char* data, int64_t bytes, int64_t apart, int64_t times)
+      : from(data), end(data + bytes), apart(apart), lines(up(bytes, 64 * times) / (64 * times)) {}
   Ahead() = default;
   void fetch() {
-    for (const char* upto = std::min(end, from + 64 * lines); from < upto; from += 64) __builtin_prefetch(from, 0, 2);
+    for (const char* upto = std::min(end, from + 64 * lines); from < upto; from += 64) {
+      __builtin_prefetch(from, 0, 2);
+      __builtin_prefetch(from + apart, 0, 2);
+    }
   }
 };
 
@@ -163,7 +167,7 @@ struct Linear {
   // steps at a time that both fit.
   void multiply(const Tiles& tiles, const Block& block, int64_t first_pair, int64_t last_pair) const {
     static thread_local Buffer<sum> sum_tiles;
-    const int64_t most = std::min(steps, kSteps), rows = (block.end - block.begin) / kTile;
+    const int64_t most = std::min(steps, kSteps<Kind>), rows = (block.end - block.begin) / kTile;
     // Sums that wait for more steps each have their place; two of those that do not take turns.
     const int64_t places = steps > most ? std::max<int64_t>(2, rows * (last_pair - first_pair)) : 2;
     sum* sums = sum_tiles.get(places * kTile * kTile);
@@ -173,8 +177,10 @@ struct Linear {
       const int64_t end = std::min(steps, start + most);
       int64_t number = 0;
       for (int64_t pair = first_pair; pair < last_pair; pair++) {
-        const int64_t next = pair + 1 < last_pair ? pair + 1 : first_pair;
-        Ahead ahead(of.weight + 2 * panel * next, panels_stay ? 0 : 2 * panel, rows * steps);
+        const bool last = pair + 1 == last_pair;
+        const int64_t next = last ? first_pair : pair + 1, then = !last ? start : end < steps ? end : 0;
+        const int64_t bytes = panels_stay ? 0 : std::min(most, steps - then) * panel_step<Kind>;
+        Ahead ahead(of.weight + 2 * panel * next + then * panel_step<Kind>, bytes, panel, rows * (end - start));
         for (int64_t row = block.begin; row < block.end; row += kTile, number++) {
           sum* tile = sums + number % places * kTile * kTile;
           multiply(tiles, block, row, {of.weight + 2 * pair * panel + start * panel_step<Kind>, panel, panel_step<Kind>}, start, end, tile, waiting, ahead);

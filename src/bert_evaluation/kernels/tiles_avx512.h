@@ -59,8 +59,9 @@ inline void multiply_avx512(const Factor& rows, int64_t count, const Factor& pan
 
 // Some rows of float32. A panel has two numbers of each column side by side, so sums are of even and of odd numbers, until
 // the end.
-template <int count>
-inline void multiply_rows(const Factor& rows, const Factor& panels, int64_t steps, float* c, int64_t c_stride, bool more) {
+template <int count, class Between>
+inline void multiply_rows(const Factor& rows, const Factor& panels, int64_t steps, float* c, int64_t c_stride, bool more,
+                          Between&& between) {
   __m512 sums[count][4] = {};
   for (int64_t k = 0; k < steps; k++) {
     const char *left = rows.at(k, 0), *right = panels.at(k, 0);
@@ -73,6 +74,7 @@ inline void multiply_rows(const Factor& rows, const Factor& panels, int64_t step
         for (int j = 0; j < 4; j++) sums[i][j] = _mm512_fmadd_ps(two, columns[j], sums[i][j]);
       }
     }
+    between();
   }
   const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
@@ -88,12 +90,19 @@ inline void multiply_rows(const Factor& rows, const Factor& panels, int64_t step
 template <class Between>
 inline void multiply_float32(const Factor& rows, int64_t count, const Factor& panels, int64_t steps, float* c, int64_t c_stride,
                              bool more, Between&& between) {
-  auto from = [&](int64_t row) { return Factor{(const char*)rows.data + row * rows.stride, rows.stride, rows.step}; };
-  int64_t row = 0;
-  for (; row + 6 <= count; row += 6) multiply_rows<6>(from(row), panels, steps, c + row * c_stride, c_stride, more);
-  for (; row + 2 <= count; row += 2) multiply_rows<2>(from(row), panels, steps, c + row * c_stride, c_stride, more);
-  for (; row < count; row++) multiply_rows<1>(from(row), panels, steps, c + row * c_stride, c_stride, more);
-  for (int64_t k = 0; k < steps; k++) between(k);
+  const int64_t passes = count / 6 + count % 6 / 2 + count % 2;
+  int64_t calls = 0, row = 0;
+  const auto spread = [&] {  // over all passes, so that what is fetched comes while they multiply
+    if (++calls % passes == 0) between(calls / passes - 1);
+  };
+  const auto pass = [&]<int size>(std::integral_constant<int, size>) {
+    for (; row + size <= count; row += size)
+      multiply_rows<size>(Factor{(const char*)rows.data + row * rows.stride, rows.stride, rows.step}, panels, steps,
+                          c + row * c_stride, c_stride, more, spread);
+  };
+  pass(std::integral_constant<int, 6>{});
+  pass(std::integral_constant<int, 2>{});
+  pass(std::integral_constant<int, 1>{});
 }
 
 }  // namespace bert_evaluation
