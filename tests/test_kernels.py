@@ -88,8 +88,8 @@ def test_packing_keeps_every_bit_in_its_place(outputs, inputs, kind, seed):
     packed, group = kernels.pack(weight), reference.GROUP[kind]
     assert packed.dtype is kind
     assert packed.is_contiguous()
-    step = 16 * group
-    assert packed.shape == (-(-outputs // 32) * 2, -(-inputs // step) * 16, 16, group)
+    step = reference.STEP[kind]
+    assert packed.shape == (-(-outputs // 32) * 2, -(-inputs // step) * step // group, 16, group)
     assert torch.equal(kernels.unpack(packed, outputs, inputs).view(integers), weight.view(integers))
     out, into = torch.arange(outputs)[:, None], torch.arange(inputs)
     bits = packed.view(integers).clone()

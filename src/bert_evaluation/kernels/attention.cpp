@@ -42,39 +42,40 @@ template <class T> struct Heads {
   float scale;
 };
 
-// Keys as columns: for 16 keys, pair after pair of their numbers.
+// Keys as columns: for 16 keys, group after group of their numbers.
 template <class T> void pack_keys(const T* keys, int64_t stride, int64_t length, int64_t width, int64_t padded, T* to) {
-  struct Pair {
-    T numbers[2];
+  constexpr int64_t numbers = 4 / sizeof(T);
+  const int64_t groups = width / numbers;
+#ifdef BERT_EVALUATION_AVX512
+  for (int64_t key = 0; key < up(length, kTile); key += kPanel)
+    for (int64_t group = 0; group < padded / numbers; group += kLanes) {
+      __m512i rows[kPanel];
+      for (int64_t i = 0; i < kPanel; i++)
+        rows[i] = _mm512_maskz_loadu_epi32(first(key + i < length ? groups - group : 0), keys + (key + i) * stride + numbers * group);
+      transpose(rows);
+      for (int64_t i = 0; i < kLanes; i++, to += numbers * kPanel) _mm512_storeu_si512(to, rows[i]);
+    }
+#else
+  struct Group {
+    T those[numbers];
   };
   for (int64_t key = 0; key < up(length, kTile); key += kPanel, to += kPanel * padded) {
     if (key + kPanel > length || padded > width) std::memset((void*)to, 0, kPanel * padded * sizeof(T));
     for (int64_t i = 0; i < std::min<int64_t>(kPanel, length - key); i++)
-      for (int64_t pair = 0; pair < width / 2; pair++)
-        ((Pair*)to)[pair * kPanel + i] = ((const Pair*)(keys + (key + i) * stride))[pair];
+      for (int64_t group = 0; group < groups; group++)
+        ((Group*)to)[group * kPanel + i] = ((const Group*)(keys + (key + i) * stride))[group];
   }
-}
-
-#ifdef BERT_EVALUATION_AVX512
-// The same, 16 pairs at a time.
-void pack_keys(const bfloat16* keys, int64_t stride, int64_t length, int64_t width, int64_t padded, bfloat16* to) {
-  for (int64_t key = 0; key < up(length, kTile); key += kPanel)
-    for (int64_t pair = 0; pair < padded / 2; pair += kLanes) {
-      __m512i rows[kPanel];
-      for (int64_t i = 0; i < kPanel; i++)
-        rows[i] = _mm512_maskz_loadu_epi32(first(key + i < length ? width / 2 - pair : 0), keys + (key + i) * stride + 2 * pair);
-      transpose(rows);
-      for (int64_t i = 0; i < kLanes; i++, to += 2 * kPanel) _mm512_storeu_si512(to, rows[i]);
-    }
-}
 #endif
+}
 
-// Values as they are, rows in pairs: for 16 columns, row after row of two values' numbers.
+// Values as they are, for 16 columns row after row: in float32 each alone, in bfloat16 two numbers of a column side by side.
 template <class T> void pack_values(const T* values, int64_t stride, int64_t length, int64_t width, int64_t padded, T* to) {
+  constexpr int64_t rows = 4 / sizeof(T);
   for (int64_t column = 0; column < up(width, kTile); column += kPanel)
-    for (int64_t row = 0; row < padded; row += 2, to += 2 * kPanel) {
-      auto lanes = [&](int64_t row) { return row < length ? width - column : 0; };
-      store_pairs(to, load(values + row * stride + column, lanes(row)), load(values + (row + 1) * stride + column, lanes(row + 1)));
+    for (int64_t row = 0; row < padded; row += rows, to += rows * kPanel) {
+      auto numbers = [&](int64_t row) { return load(values + row * stride + column, row < length ? width - column : 0); };
+      if constexpr (rows == 1) store(to, numbers(row));
+      else store_pairs(to, numbers(row), numbers(row + 1));
     }
 }
 

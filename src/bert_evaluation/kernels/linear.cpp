@@ -53,7 +53,7 @@ at::Tensor linear(const at::Tensor& given, const at::Tensor& weight, const std::
   TORCH_CHECK(is_int8 || kMultipliesBf16, "This processor multiplies no bfloat16.");
   const int64_t unit = is_int8 ? 64 : 32;
   TORCH_CHECK(weight.size(0) == up(outputs, 32) / 16 && weight.size(1) * weight.size(3) == up(of.inputs, unit) &&
-                  weight.size(2) == 16 && weight.size(3) == (is_int8 ? 4 : 2),
+                  weight.size(2) == 16 && weight.size(3) == 4 / (int64_t)weight.element_size(),
               "The weight is packed for other sizes.");
 #ifdef BERT_EVALUATION_HAS_AMX
   if (kind == at::kFloat && amx_allowed() && of.rows > kFew) {

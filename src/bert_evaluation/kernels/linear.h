@@ -25,7 +25,7 @@ constexpr bool kFetchesAhead = false;  // on AVX2 it gained nothing
 #endif
 // Of float32: rows for which so many bytes of panels, in so many steps, are split.
 constexpr int64_t kSplitBlock = 512, kSplit = 1 << 20, kSplitSteps = 24;
-constexpr int64_t kFew = 48;  // rows that are not worth it: to split the panels would take longer
+constexpr int64_t kFew = 12;  // rows that are not worth it: to split the panels would take longer
 constexpr float kLargest = 127;
 
 struct Arguments {
@@ -146,15 +146,18 @@ struct Linear {
   }
 
   // `sums` (32 x 32) of a block's rows from `row` on and of a pair of panels, which lie at `right`, from step `start` on.
+  // `between` is called after each turn, of which a step has as many as a product has terms.
+  template <class Between>
   void multiply(const Tiles& tiles, const Block& block, int64_t row, const Factor& right, int64_t start, int64_t end, sum* sums,
-                Waiting& waiting, Ahead& ahead) const {
+                Waiting& waiting, const Between& between) const {
     const bool direct = in_place && row + kTile <= of.rows;
     const char* prepared = block.rows + (row - block.begin) / kTile * tile_bytes;
     const Factor rows = direct ? Factor{(const char*)x(row) + start * row_step<Kind>, of.stride * (int64_t)sizeof(T), row_step<Kind>}
                                : Factor{prepared + start * Kind::parts * part, row_step<Kind>, Kind::parts * part, part};
-    tiles.template multiply<Kind>(rows, std::min<int64_t>(kTile, of.rows - row), right, end - start, sums, kTile, start > 0, [&](int64_t k) {
-      if constexpr (!is_split) ahead.fetch();
-      finish(waiting, waiting.rows * (k + 1) / (end - start), block);
+    const float pace = (float)waiting.rows / ((end - start) * std::size(Kind::terms));
+    tiles.template multiply<Kind>(rows, std::min<int64_t>(kTile, of.rows - row), right, end - start, sums, kTile, start > 0, [&](int64_t turn) {
+      between(turn);
+      finish(waiting, (int64_t)(pace * (turn + 1)), block);
     });
     finish(waiting, waiting.rows, block);
   }
@@ -183,7 +186,7 @@ struct Linear {
         Ahead ahead(of.weight + 2 * panel * next + then * panel_step<Kind>, bytes, panel, rows * (end - start));
         for (int64_t row = block.begin; row < block.end; row += kTile, number++) {
           sum* tile = sums + number % places * kTile * kTile;
-          multiply(tiles, block, row, {of.weight + 2 * pair * panel + start * panel_step<Kind>, panel, panel_step<Kind>}, start, end, tile, waiting, ahead);
+          multiply(tiles, block, row, {of.weight + 2 * pair * panel + start * panel_step<Kind>, panel, panel_step<Kind>}, start, end, tile, waiting, [&](int64_t) { ahead.fetch(); });
           waiting = end == steps ? made(tile, row, pair) : Waiting{};
         }
       }
@@ -200,7 +203,6 @@ struct Linear {
     bfloat16* panels = split_panels.get(2 * group * most * Kind::parts * numbers);
     float* sums = sum_tiles.get(std::max<int64_t>(2, steps > most ? (block.end - block.begin) / kTile * group : 0) * kTile * kTile);
     Waiting waiting;
-    Ahead ahead;
     for (int64_t pair = first_pair; pair < last_pair; pair += group) {
       const int64_t pairs = std::min(group, last_pair - pair);
       finish(waiting, waiting.rows, block);  // before its memory is used again
@@ -209,17 +211,47 @@ struct Linear {
         for (int64_t i = 0; i < 2 * pairs; i++)
           for (int64_t k = 0; k < end - start; k++) {
             const float* from = (const float*)of.weight + ((2 * pair + i) * steps + start + k) * numbers;
-            for (int64_t n = 0; n < numbers; n += kLanes)
-              split(load(from + n), panels + i * size + k * Kind::parts * numbers + n, numbers);
+            for (int64_t n = 0; n < numbers; n += 2 * kPanel)
+              split_pair(from + n, from + n + kPanel, panels + i * size + k * Kind::parts * numbers + n, numbers);
           }
         int64_t number = 0;
         for (int64_t row = block.begin; row < block.end; row += kTile)
           for (int64_t i = 0; i < pairs; i++, number++) {
             float* tile = sums + (steps > most ? number : number % 2) * kTile * kTile;
-            multiply(tiles, block, row, {panels + 2 * i * size, size * 2, step, panel_step<Kind>}, start, end, tile, waiting, ahead);
+            multiply(tiles, block, row, {panels + 2 * i * size, size * 2, step, panel_step<Kind>}, start, end, tile, waiting, [](int64_t) {});
             waiting = end == steps ? made(tile, row, pair + i) : Waiting{};
           }
       }
+    }
+    finish(waiting, waiting.rows, block);
+  }
+
+  // The same of 32 rows at most: each step of two panels is split while the one before is multiplied.
+  void multiply_few_split(const Tiles& tiles, const Block& block, int64_t first_pair, int64_t last_pair) const {
+    constexpr int64_t numbers = kPanel * Kind::step, size = Kind::parts * numbers;  // of a panel in a step; of that, split
+    constexpr int64_t rows = Kind::step / 2, turns = std::size(Kind::terms);        // pairs of rows of a panel in a step
+    alignas(64) bfloat16 ring[2][2 * size];
+    alignas(64) float sums[2][kTile * kTile];
+    Waiting waiting;
+    for (int64_t pair = first_pair; pair < last_pair; pair++) {
+      const float* const panels = (const float*)of.weight + 2 * pair * steps * numbers;
+      // Some pairs of rows of a step; those of the two panels lie behind each other.
+      const auto split_rows = [&](int64_t step, int64_t from, int64_t to) {
+        for (int64_t n = from; n < to; n++) {
+          const float* even = panels + (n / rows * steps + step) * numbers + n % rows * 2 * kPanel;
+          split_pair(even, even + kPanel, ring[step % 2] + n / rows * size + n % rows * 2 * kPanel, numbers);
+        }
+        asm volatile("" : : : "memory");  // GCC does not know that tiles read it
+      };
+      split_rows(0, 0, 2 * rows);
+      const int64_t bytes = steps * numbers * sizeof(float);
+      Ahead ahead((const char*)panels + 2 * bytes, pair + 1 < last_pair ? bytes : 0, bytes, steps * turns);
+      multiply(tiles, block, block.begin, {ring, 2 * size, 4 * size, panel_step<Kind>, true}, 0, steps, sums[pair % 2], waiting, [&](int64_t turn) {
+        ahead.fetch();
+        const int64_t next = turn / turns + 1, part = turn % turns;
+        if (next < steps) split_rows(next, 2 * rows * part / turns, 2 * rows * (part + 1) / turns);
+      });
+      waiting = made(sums[pair % 2], block.begin, pair);
     }
     finish(waiting, waiting.rows, block);
   }
@@ -238,7 +270,7 @@ struct Linear {
       prepare(from, to, block.rows + (from - block.begin) / kTile * tile_bytes, block.scales + (from - block.begin));
     };
     auto multiply_all = [&](const Tiles& tiles, const Block& block, int64_t from, int64_t to) {
-      if constexpr (is_split) multiply_split(tiles, block, from, to);
+      if constexpr (is_split) block.end - block.begin > kTile ? multiply_split(tiles, block, from, to) : multiply_few_split(tiles, block, from, to);
       else multiply(tiles, block, from, to);
     };
     auto norm_rows = [&](const Block& block, int64_t from, int64_t to) {

@@ -12,9 +12,9 @@ from torch.nn import functional
 LARGEST = 127  # steps from 0, of a weight or of a token's number
 TINY = LARGEST * torch.finfo(torch.float32).tiny  # rows of zeros have a scale, too
 LONGEST = (2**31 - 1) // (255 * LARGEST)  # products whose sum is sure to fit into 32 bits, one factor being unsigned
-PANEL, STEP = 16, 64  # outputs in a panel; bytes of one row's numbers that a step multiplies
-# Numbers that are multiplied together: what 32 bits hold. Of float32, the parts that it is split into are bfloat16.
-GROUP = {torch.int8: 4, torch.bfloat16: 2, torch.float32: 2}
+PANEL = 16  # outputs in a panel
+STEP = {torch.int8: 64, torch.bfloat16: 32, torch.float32: 32}  # numbers of a row that a step multiplies
+GROUP = {torch.int8: 4, torch.bfloat16: 2, torch.float32: 1}  # numbers that are multiplied together: what 32 bits hold
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": functional.gelu,
@@ -30,7 +30,7 @@ def pack(weight: Tensor) -> Tensor:
     """
     group = GROUP[weight.dtype]
     outputs, inputs = weight.shape
-    padded = functional.pad(weight, (0, -inputs % (STEP // 4 * group), 0, -outputs % (2 * PANEL)))
+    padded = functional.pad(weight, (0, -inputs % STEP[weight.dtype], 0, -outputs % (2 * PANEL)))
     return padded.view(padded.shape[0] // PANEL, PANEL, -1, group).transpose(1, 2).contiguous()
 
 

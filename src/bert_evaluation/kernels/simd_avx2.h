@@ -126,14 +126,6 @@ template <class T> inline void store(T* to, Floats x, int64_t lanes) {
 }
 
 // Pairs of them, one of each beside the other.
-inline void store_pairs(float* to, Floats x, Floats y) {
-  for (auto [one, other] : {std::pair(x.low, y.low), std::pair(x.high, y.high)}) {
-    const __m256 low = _mm256_unpacklo_ps(one, other), high = _mm256_unpackhi_ps(one, other);
-    _mm256_storeu_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
-    _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
-    to += kLanes;
-  }
-}
 inline void store_pairs(bfloat16* to, Floats x, Floats y) {  // both hold numbers in bfloat16
   for (auto [one, other] : {std::pair(x.low, y.low), std::pair(x.high, y.high)}) {
     const __m256i left = _mm256_srli_epi32(_mm256_castps_si256(one), 16), right = _mm256_castps_si256(other);

@@ -87,11 +87,6 @@ inline uint32_t largest_size(const bfloat16* x, int64_t size) {
 }
 
 // Pairs of them, one of each beside the other.
-inline void store_pairs(float* to, Floats x, Floats y) {
-  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  _mm512_storeu_ps(to, _mm512_permutex2var_ps(x.all, low, y.all));
-  _mm512_storeu_ps(to + kLanes, _mm512_permutex2var_ps(x.all, _mm512_add_epi32(low, _mm512_set1_epi32(8)), y.all));
-}
 inline void store_pairs(bfloat16* to, Floats x, Floats y) {  // both hold numbers in bfloat16
   _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(x.all), 16),
                                           _mm512_and_si512(_mm512_castps_si512(y.all), _mm512_set1_epi32(0xffff0000))));

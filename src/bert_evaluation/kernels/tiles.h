@@ -1,7 +1,7 @@
 // Products of matrices in tiles of 32 x 32, on AMX where there is it, else on AVX-512 or AVX2.
 //
 // The left matrix is in rows, its inner size padded to whole steps. The right one is packed: panels of 16 columns, each
-// of them [inner / group][16][group], where a group is 4 int8, 2 bfloat16 or 2 float32.
+// of them [inner / group][16][group], where a group is what 32 bits hold: 4 int8, 2 bfloat16 or a float32.
 #pragma once
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -69,12 +69,13 @@ struct Float32 {
   static constexpr int step = 32, parts = 1, terms[][2] = {{0, 0}};
 };
 // float32 as three bfloat16: the second is what the first leaves out, the third what both do, and they hold all 24 bits.
-// Six products of such parts are as near as one in float32; the other three are below its last bit.
+// Six products of such parts are as near as one in float32; the other three are below its last bit. From one product to the
+// next, one of the factors stays.
 struct SplitFloat32 {
   using left = bfloat16;
   using right = bfloat16;
   using sum = float;
-  static constexpr int step = 32, parts = 3, terms[][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
+  static constexpr int step = 32, parts = 3, terms[][2] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
 };
 
 // Bytes of a row's numbers, and of a panel's, that a step multiplies.
@@ -82,10 +83,12 @@ template <class Kind> constexpr int64_t row_step = Kind::step * sizeof(typename 
 template <class Kind> constexpr int64_t panel_step = kPanel * Kind::step * sizeof(typename Kind::right);
 
 // One side of a product: where it begins, and how far apart its rows (or panels), its steps and its parts are, in bytes.
+// Of a ring, only two steps are there at a time, and take turns.
 struct Factor {
   const void* data;
   int64_t stride, step, part = 0;
-  const char* at(int64_t k, int i) const { return (const char*)data + k * step + i * part; }
+  bool ring = false;
+  const char* at(int64_t k, int i) const { return (const char*)data + (ring ? k % 2 : k) * step + i * part; }
 };
 
 // Whether the system lets this process use AMX; it has to be asked for once. BERT_EVALUATION_AMX=0 does without.
@@ -138,7 +141,7 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
 
   // c (32 x 32) = the first `count` of 32 rows times two panels, or as much `more`; others may be anything. `between` is
-  // called after each step, or after the last one.
+  // called after each term of each step with its number, or after the last one.
   template <class Kind, class Between>
   void multiply(const Factor& rows, int64_t count, const Factor& panels, int64_t steps, typename Kind::sum* c, int64_t c_stride,
                 bool more, Between&& between) const {

@@ -3,13 +3,13 @@
 
 namespace bert_evaluation {
 
-// How a group of a row and of columns is read and multiplied, in so many turns and for so many parts of a panel.
+// How a group of a row and of 16 columns is read and multiplied, in so many turns.
 template <class Kind> struct Group;
 
 // Of four numbers, first the even ones, then the odd ones; rows have them in this order.
 template <> struct Group<Int8> {
   using Sums = __m256i;
-  static constexpr int turns = 2, parts = 1, row_bytes = 8, panel_bytes = 64;
+  static constexpr int turns = 2;
   static __m256i row(const char* from, int turn) { return _mm256_set1_epi32(*(const int32_t*)(from + 4 * turn)); }
   static __m256i columns(const char* from, int turn) {
     const __m256i four = _mm256_loadu_si256((const __m256i*)from);
@@ -32,7 +32,7 @@ template <> struct Group<Int8> {
 // Of two numbers, first the even one, then the odd one, each widened to float32.
 template <> struct Group<Bf16> {
   using Sums = __m256;
-  static constexpr int turns = 2, parts = 1, row_bytes = 4, panel_bytes = 64;
+  static constexpr int turns = 2;
   static __m256 widened(__m256i two, int turn) {
     return _mm256_castsi256_ps(turn ? _mm256_and_si256(two, _mm256_set1_epi32(0xffff0000)) : _mm256_slli_epi32(two, 16));
   }
@@ -47,27 +47,23 @@ template <> struct Group<Bf16> {
   }
 };
 
-// Two numbers at once, those of 4 columns in a register: sums are of even and of odd numbers, until the end.
 template <> struct Group<Float32> {
   using Sums = __m256;
-  static constexpr int turns = 1, parts = 2, row_bytes = 8, panel_bytes = 128;
-  static __m256 row(const char* from, int) { return _mm256_castpd_ps(_mm256_broadcast_sd((const double*)from)); }
+  static constexpr int turns = 1;
+  static __m256 row(const char* from, int) { return _mm256_broadcast_ss((const float*)from); }
   static __m256 columns(const char* from, int) { return _mm256_loadu_ps((const float*)from); }
   static Sums add(Sums sums, __m256 row, __m256 columns) { return _mm256_fmadd_ps(row, columns, sums); }
-  static void store(Sums one, Sums other, float* to, bool more) {
-    const __m256 both = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_hadd_ps(one, other)), 0xd8));
-    _mm256_storeu_ps(to, _mm256_add_ps(more ? _mm256_loadu_ps(to) : _mm256_setzero_ps(), both));
-  }
+  static void store(Sums one, Sums other, float* to, bool more) { Group<Bf16>::store(one, other, to, more); }
 };
 
 template <class Kind, int count>
 inline void multiply_rows(const Factor& rows, const Factor& panels, int64_t start, int64_t end, typename Kind::sum* c, int64_t c_stride, bool more) {
   using Group = Group<Kind>;
   typename Group::Sums sums[count][2] = {};
-  const int64_t stride = rows.stride;
+  const int64_t stride = rows.stride, groups = panel_step<Kind> / kGroupBytes;
   for (int64_t k = start; k < end; k++) {
     const char *left = rows.at(k, 0), *right = panels.at(k, 0);
-    for (int64_t group = 0; group < row_step<Kind> / Group::row_bytes; group++, left += Group::row_bytes, right += Group::panel_bytes) {
+    for (int64_t group = 0; group < groups; group++, left += row_step<Kind> / groups, right += kGroupBytes) {
       _mm_prefetch(right + 1024, _MM_HINT_T0);
       for (int turn = 0; turn < Group::turns; turn++) {
         const auto one = Group::columns(right, turn), other = Group::columns(right + 32, turn);
@@ -95,14 +91,13 @@ inline void multiply_avx2(const Factor& rows, int64_t count, const Factor& panel
   }(std::make_index_sequence<most>());
   const int64_t groups = up(count, most) / most;
   for (int64_t start = 0; start < steps; start += chunk)
-    for (int part = 0; part < 2 * Group<Kind>::parts; part++) {
-      const int panel = part / Group<Kind>::parts, place = part % Group<Kind>::parts;
-      const Factor columns{(const char*)panels.data + panel * panels.stride + 64 * place, 0, panels.step};
+    for (int panel = 0; panel < 2; panel++) {
+      const Factor columns{(const char*)panels.data + panel * panels.stride, 0, panels.step};
       for (int64_t group = 0; group < groups; group++) {
         const int64_t begin = count * group / groups, end = count * (group + 1) / groups;
         const Factor left{(const char*)rows.data + begin * rows.stride, rows.stride, rows.step};
         multiply[end - begin - 1](left, columns, start, std::min(steps, start + chunk),
-                                  c + begin * c_stride + part * kPanel / Group<Kind>::parts, c_stride, more || start);
+                                  c + begin * c_stride + panel * kPanel, c_stride, more || start);
       }
     }
   between(steps - 1);

@@ -57,52 +57,48 @@ inline void multiply_avx512(const Factor& rows, int64_t count, const Factor& pan
   for (int64_t k = 0; k < steps; k++) between(k);
 }
 
-// Some rows of float32. A panel has two numbers of each column side by side, so sums are of even and of odd numbers, until
-// the end.
+// Some rows of float32 times two panels.
 template <int count, class Between>
 inline void multiply_rows(const Factor& rows, const Factor& panels, int64_t steps, float* c, int64_t c_stride, bool more,
                           Between&& between) {
-  __m512 sums[count][4] = {};
+  __m512 sums[count][2] = {};
   for (int64_t k = 0; k < steps; k++) {
     const char *left = rows.at(k, 0), *right = panels.at(k, 0);
-    for (int64_t group = 0; group < Float32::step / 2; group++, left += 8, right += 128) {
-      __m512 columns[4];
-      for (int j = 0; j < 4; j++) columns[j] = _mm512_loadu_ps(right + j / 2 * panels.stride + j % 2 * 64);
-#pragma GCC unroll 6
+    for (int64_t n = 0; n < Float32::step; n++, left += 4, right += kGroupBytes) {
+      const __m512 one = _mm512_loadu_ps(right), other = _mm512_loadu_ps(right + panels.stride);
+#pragma GCC unroll 12
       for (int i = 0; i < count; i++) {
-        const __m512 two = _mm512_castpd_ps(_mm512_set1_pd(*(const double*)(left + i * rows.stride)));
-        for (int j = 0; j < 4; j++) sums[i][j] = _mm512_fmadd_ps(two, columns[j], sums[i][j]);
+        const __m512 row = _mm512_set1_ps(*(const float*)(left + i * rows.stride));
+        sums[i][0] = _mm512_fmadd_ps(row, one, sums[i][0]);
+        sums[i][1] = _mm512_fmadd_ps(row, other, sums[i][1]);
       }
     }
     between();
   }
-  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
   for (int i = 0; i < count; i++)
-    for (int j = 0; j < 4; j += 2) {
-      float* to = c + i * c_stride + j / 2 * kPanel;
-      const __m512 both = _mm512_add_ps(_mm512_permutex2var_ps(sums[i][j], even, sums[i][j + 1]),
-                                        _mm512_permutex2var_ps(sums[i][j], odd, sums[i][j + 1]));
-      _mm512_storeu_ps(to, more ? _mm512_add_ps(_mm512_loadu_ps(to), both) : both);
+    for (int j = 0; j < 2; j++) {
+      float* to = c + i * c_stride + j * kPanel;
+      _mm512_storeu_ps(to, more ? _mm512_add_ps(_mm512_loadu_ps(to), sums[i][j]) : sums[i][j]);
     }
 }
 
 template <class Between>
 inline void multiply_float32(const Factor& rows, int64_t count, const Factor& panels, int64_t steps, float* c, int64_t c_stride,
                              bool more, Between&& between) {
-  const int64_t passes = count / 6 + count % 6 / 2 + count % 2;
-  int64_t calls = 0, row = 0;
+  constexpr int64_t most = 12;  // rows whose sums fit into registers
+  const int64_t passes = up(count, most) / most;
+  int64_t calls = 0;
   const auto spread = [&] {  // over all passes, so that what is fetched comes while they multiply
     if (++calls % passes == 0) between(calls / passes - 1);
   };
-  const auto pass = [&]<int size>(std::integral_constant<int, size>) {
-    for (; row + size <= count; row += size)
-      multiply_rows<size>(Factor{(const char*)rows.data + row * rows.stride, rows.stride, rows.step}, panels, steps,
-                          c + row * c_stride, c_stride, more, spread);
+  const auto multiply = [&]<size_t... i>(int64_t row, int64_t size, std::index_sequence<i...>) {
+    const Factor left{(const char*)rows.data + row * rows.stride, rows.stride, rows.step};
+    ((size == i + 1 ? multiply_rows<i + 1>(left, panels, steps, c + row * c_stride, c_stride, more, spread) : void()), ...);
   };
-  pass(std::integral_constant<int, 6>{});
-  pass(std::integral_constant<int, 2>{});
-  pass(std::integral_constant<int, 1>{});
+  for (int64_t pass = 0; pass < passes; pass++) {
+    const int64_t row = count * pass / passes;
+    multiply(row, count * (pass + 1) / passes - row, std::make_index_sequence<most>());
+  }
 }
 
 }  // namespace bert_evaluation
