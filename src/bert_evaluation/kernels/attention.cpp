@@ -28,6 +28,8 @@ struct Sequence {
 
 template <class T> using Product = std::conditional_t<std::is_same_v<T, float>, Float32, Bf16>;
 
+constexpr int64_t kManyBlocks = 3;
+
 template <class T> struct Scratch {
   Buffer<T> keys, values, probabilities, queries;
   Buffer<float> scores;
@@ -109,20 +111,25 @@ template <class T> float softmax(const float* scores, const Lanes* seen, int64_t
   return sees ? 1 / sum(totals[0] + totals[1]) : 0;
 }
 
+// Some queries have their scores multiplied, and others their values, while those between them are at their softmax: the
+// tiles, which multiply, and the vector units take turns at the same queries, but not at the same time.
 template <class T>
 void attend_head(const Tiles& tiles, const Heads<T>& of, const Sequence& to, int64_t head, const T* keys, const T* values, Scratch<T>& scratch) {
   using Kind = Product<T>;
   const int64_t inner = up(of.width, kTile), length = up(to.length, kTile);  // a step has 32 numbers
-  const int64_t key_steps = inner / kTile, value_steps = length / kTile;
-  float* scores = scratch.scores.get(kTile * (length + kTile));
-  T* probabilities = scratch.probabilities.get(kTile * length);
+  const int64_t key_steps = inner / kTile, value_steps = length / kTile, blocks = length / kTile;
+  float* const scores = scratch.scores.get(2 * kTile * length);
+  T* const probabilities = scratch.probabilities.get(2 * kTile * length);
   alignas(64) float tile[kTile * kTile];
-  float shares[kTile];
+  float shares[2][kTile];
   Lanes* seen = scratch.seen.get(length / kLanes);
   if (!to.mask_stride) find_seen(to.mask, to.length, seen);
-  auto nothing = [](int64_t) {};
-  for (int64_t query = 0; query < to.length; query += kTile) {
-    const int64_t rows = std::min<int64_t>(kTile, to.length - query);
+  const auto scores_of = [&](int64_t block) { return scores + block % 2 * kTile * length; };
+  const auto probabilities_of = [&](int64_t block) { return probabilities + block % 2 * kTile * length; };
+  const auto rows_of = [&](int64_t block) { return std::min<int64_t>(kTile, to.length - block * kTile); };
+
+  const auto multiply_keys = [&](int64_t block, auto&& between) {
+    const int64_t query = block * kTile, rows = rows_of(block);
     const T* left = of.query + (to.start + query) * of.query_stride + head * of.width;
     int64_t stride = of.query_stride;
     if (rows < kTile || inner != of.width) {
@@ -133,22 +140,41 @@ void attend_head(const Tiles& tiles, const Heads<T>& of, const Sequence& to, int
       left = copy, stride = inner;
     }
     for (int64_t key = 0; key < length; key += kTile)
-      tiles.multiply<Kind>({left, stride * (int64_t)sizeof(T), row_step<Kind>}, rows,
-                           {keys + key * inner, key_steps * panel_step<Kind>, panel_step<Kind>}, key_steps, scores + key, length, false, nothing);
-    for (int64_t row = 0; row < rows; row++) {
-      if (to.mask_stride) find_seen(to.mask + (query + row) * to.mask_stride, to.length, seen);
-      shares[row] = softmax(scores + row * length, seen, length, of.scale, probabilities + row * length);
-    }
-    if (rows < kTile) std::memset((void*)(probabilities + rows * length), 0, (kTile - rows) * length * sizeof(T));
+      tiles.multiply<Kind>({left, stride * (int64_t)sizeof(T), row_step<Kind>}, rows, {keys + key * inner, key_steps * panel_step<Kind>, panel_step<Kind>},
+                           key_steps, scores_of(block) + key, length, false, between);
+  };
+  const auto soften = [&](int64_t block, int64_t row) {
+    if (to.mask_stride) find_seen(to.mask + (block * kTile + row) * to.mask_stride, to.length, seen);
+    shares[block % 2][row] = softmax(scores_of(block) + row * length, seen, length, of.scale, probabilities_of(block) + row * length);
+  };
+  const auto multiply_values = [&](int64_t block, auto&& between) {
+    const int64_t rows = rows_of(block);
+    std::memset((void*)(probabilities_of(block) + rows * length), 0, (kTile - rows) * length * sizeof(T));
     for (int64_t column = 0; column < inner; column += kTile) {
-      tiles.multiply<Kind>({probabilities, length * (int64_t)sizeof(T), row_step<Kind>}, rows,
-                           {values + column * length, value_steps * panel_step<Kind>, panel_step<Kind>}, value_steps, tile, kTile, false, nothing);
+      tiles.multiply<Kind>({probabilities_of(block), length * (int64_t)sizeof(T), row_step<Kind>}, rows,
+                           {values + column * length, value_steps * panel_step<Kind>, panel_step<Kind>}, value_steps, tile, kTile, false, between);
       for (int64_t row = 0; row < rows; row++) {
-        T* result = of.result + (to.start + query + row) * of.result_stride + head * of.width + column;
+        T* result = of.result + (to.start + block * kTile + row) * of.result_stride + head * of.width + column;
         for (int half = 0; half < 2; half++)
-          store(result + half * kLanes, load(tile + row * kTile + half * kLanes) * shares[row], of.width - column - half * kLanes);
+          store(result + half * kLanes, load(tile + row * kTile + half * kLanes) * shares[block % 2][row], of.width - column - half * kLanes);
       }
     }
+  };
+
+  const int64_t lag = std::is_same_v<T, bfloat16> && tiles.amx && blocks >= kManyBlocks ? 1 : 0;
+  for (int64_t block = 0; block < blocks + 2 * lag; block++) {
+    const bool has_keys = block < blocks, has_values = block >= 2 * lag;
+    const int64_t softened = block - lag, rows = softened >= 0 && softened < blocks ? rows_of(softened) : 0;
+    const float pace = lag * (float)rows / (has_keys * blocks * key_steps + has_values * inner / kTile * value_steps);
+    int64_t turn = 0, row = 0;
+    const auto soften_upto = [&](int64_t end) {
+      for (; row < end; row++) soften(softened, row);
+    };
+    const auto between = [&](int64_t) { soften_upto((int64_t)(pace * ++turn)); };
+    if (has_keys) multiply_keys(block, between);
+    if (!lag) soften_upto(rows);
+    if (has_values) multiply_values(block - 2 * lag, between);
+    soften_upto(rows);
   }
 }
 
