@@ -1,12 +1,14 @@
 """How much of a call is not work: the share of Python, dispatch and other fixed costs, by recipe.
 
-    python benchmarks/overhead.py [--shape 1x32] [--rounds 200] [--threads N] RECIPE...
+    python benchmarks/overhead.py [--shape 1x32] [--rounds 200] [--calls 1] [--threads N] RECIPE...
 
 The fixed cost of a call is what it takes where there is next to nothing to compute: in a twin of the checkpoint with as
 many layers, but one head, 32 wide, on a single token. Its graph has the same nodes, so it has the same calls of
 operators, their arguments parsed and dispatched, memory allocated, results named. What grows with the work is left out;
 what an operator does at least is in it, so this is the most that the overhead can be, without a profiler's own.
-The calls of all take turns in random order. `Base` is the captured graph as it is.
+The calls of all take turns in random order, so each finds the caches full of the others' code and weights, as after a
+pause; with `--calls 20` a turn is 20 calls, as where one model answers one question after the other. `Base` is the
+captured graph as it is.
 """
 
 import argparse
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", default=["exact", "exact+Compile"])
     parser.add_argument("--shape", default="1x32", help="batch × length")
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--calls", type=int, default=1, help="calls in a turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -56,11 +59,17 @@ def main() -> None:
 
     def call(name: str) -> float:
         graph, inputs = variants[name]
-        return timed(lambda: graph(**inputs), CPU)[0]
+
+        def turn() -> None:
+            for _ in range(options.calls):
+                graph(**inputs)
+
+        return timed(turn, CPU)[0] / options.calls
 
     with torch.inference_mode():
         seconds = sample(call, list(variants), Plan(rounds=options.rounds)).seconds
-    print(f"{options.shape} tokens, {options.threads} threads, {options.rounds} rounds, medians\n")
+    rounds = f"{options.rounds} rounds of {options.calls}"
+    print(f"{options.shape} tokens, {options.threads} threads, {rounds} calls, medians\n")
     print("| recipe | nodes | call, ms | fixed, ms | share |\n|---|--:|--:|--:|--:|")
     for text in ("LintAndRecompile", *options.recipes):
         whole, fixed = (1000 * median(seconds[name]).estimate for name in (text, f"{text}, fixed"))

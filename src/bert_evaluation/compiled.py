@@ -164,6 +164,8 @@ class Compiled:
             "max_autotune": self._autotune,
             # Released while it runs, Python's lock lets other threads answer other batches.
             "cpp_wrapper": self._on_cpu,
+            # The signature checks inputs, and tests the operators; that once more was a sixth of the fixed cost.
+            "size_asserts": not self._on_cpu,
             # Dynamo would compile again for a size of 1, another number of threads, and in inference mode. Nothing
             # generated depends on those; what does depend on the inputs is checked at every call.
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
