@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from bert_evaluation import capture, compose, evaluate, kernels, load, onednn, varlen, verify
 from bert_evaluation import graph as graphs
 from bert_evaluation.builtin import QUESTIONS
+from bert_evaluation.calibration import Calibration, calibrate
 from bert_evaluation.capturing import read, save, text_inputs
 from bert_evaluation.errors import UsageError
 from bert_evaluation.probes import text_probes
@@ -470,6 +471,16 @@ def test_what_float16_cannot_hold_breaks_the_promise():
             assert found.first_difference == "one (linear)"
 
 
+def test_what_float16_cannot_hold_is_left():
+    module, x = Large(), torch.randn(20, 8)
+    base = calibrate(capture(module, example_inputs={"x": x[:3]}), Calibration(({"x": x},)))
+    cast = CastToFloat16(keep=(), anyway=True, leave=0.5)
+    assert verify(module, cast(base)).kept
+    assert [(refusal.site, refusal.reason) for refusal in cast.report.refused] == [
+        ("one (linear)", "Alone it moves the outputs infinitely far, more than 1 other sites do.")
+    ]
+
+
 def test_masks_stay_boolean_or_are_refused(bert_graph, of_bert, kind):
     """A row that is masked wholly is the hard one: all its scores are minus infinity, or the lowest number."""
     recipe = compose(HoistMask(), kind(anyway=True))
@@ -575,7 +586,7 @@ def hold_quality(base, cast, tokenizer):
 
 def test_its_text_form_reads_back(kind):
     cast = kind(keep=("embeddings", "LayerNorm"), anyway=True)
-    assert repr(cast) == f"{kind.__name__}(anyway=True, keep=('embeddings', 'LayerNorm'))"
+    assert repr(cast) == f"{kind.__name__}(anyway=True, keep=('embeddings', 'LayerNorm'), leave=0.0)"
     assert repr(parse_recipe(repr(cast), REGISTRY)) == repr(cast)
     for keep in ("5", "(5,)"):
         with pytest.raises(UsageError, match="does not take the arguments keep"):

@@ -9,15 +9,14 @@ from torch import Tensor
 from bert_evaluation import float8, kernels
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Approximates, ReversibleTransformation, Site
+from bert_evaluation.transformation import Site
 from bert_evaluation.transformations.activations import activation_at
 from bert_evaluation.transformations.heads import call
-from bert_evaluation.transformations.keep_list import words
 from bert_evaluation.transformations.linear import free_name, sites_by_weight, stem, tensor_of, weight_and_bias
-from bert_evaluation.transformations.quantization import why_not_rounded
+from bert_evaluation.transformations.rounding import Rounding, why_not_linears
 
 
-class QuantizeToFloat8(ReversibleTransformation):
+class QuantizeToFloat8(Rounding):
     """Linears multiply float8 numbers: weights rounded once, what they read as it comes.
 
         y = gelu(x)                                 q, s = float8_rows(x, "gelu")
@@ -27,24 +26,19 @@ class QuantizeToFloat8(ReversibleTransformation):
     text's answer depends on those beside it. An activation that only linears read is computed where it is rounded;
     linears that read one tensor round it once. The weight takes the place of the other, in half of its memory. It comes
     behind `CastToBFloat16`, since products are returned in bfloat16. `keep` lists what stays as it is: words in the
-    paths of layers, and "logits" for the linears that make the outputs. A device that does not multiply float8 is
-    refused unless `anyway`: then in plain PyTorch, slowly, to measure what the answers lose. A site is one weight,
-    wherever applied.
+    paths of layers, and "logits" for the linears that make the outputs. `leave` is the share of the others that stays
+    too: those that cost most when they alone are quantised (see `sensitivity`, `calibration`), which one run for each
+    finds out. A device that does not multiply float8 is refused unless `anyway`: then in plain PyTorch, slowly, to
+    measure what the answers lose. A site is one weight, wherever applied.
     """
 
-    promise = Approximates()
-
-    def __init__(self, keep: Iterable[str] = ("embeddings", "logits"), anyway: bool = False) -> None:
-        self.keep = words(keep)
-        self.anyway = anyway
-
-    def sites(self, graph: GraphModule) -> Iterable[Site]:
+    def every_site(self, graph: GraphModule) -> Iterable[Site]:
         """Every linear, those that share their weight together."""
         return sites_by_weight(graph)
 
     def why_not(self, site: Site) -> str | None:
-        """Refuse what is kept or fused, what others read too, other types and sizes, and a device without float8."""
-        if (reason := why_not_rounded(site, self.keep)) is not None:
+        """Refuse what is kept, left, fused or read by others, other types and sizes, and a device without float8."""
+        if (reason := super().why_not(site) or why_not_linears(site)) is not None:
             return reason
         weight = tensor_of(weight_and_bias(site.node)[0])
         if any(size % float8.MULTIPLE for size in weight.shape):

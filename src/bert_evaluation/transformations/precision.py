@@ -10,7 +10,7 @@ from torch import Tensor
 from bert_evaluation import graph as graphs
 from bert_evaluation import kernels, onednn
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Approximates, ReversibleTransformation, Site
+from bert_evaluation.transformation import Site
 from bert_evaluation.transformations.casts import (
     CAST,
     HIGH,
@@ -28,33 +28,29 @@ from bert_evaluation.transformations.casts import (
     stored,
     type_of,
 )
-from bert_evaluation.transformations.keep_list import ATTENTION, ATTENTIONS, why_kept, words
+from bert_evaluation.transformations.keep_list import ATTENTION, ATTENTIONS, why_kept
 from bert_evaluation.transformations.linear import tensor_of
 from bert_evaluation.transformations.padding_mask import boolean_of
 from bert_evaluation.transformations.positions import LINEARS
+from bert_evaluation.transformations.rounding import Rounding
 from bert_evaluation.transformations.tiles import ENDINGS, ending
 
 aten = torch.ops.aten
 
 
-class Cast(ReversibleTransformation):
+class Cast(Rounding):
     """Linears and attention compute in the type `low`, and so does what lies between two of them."""
 
-    promise = Approximates()
     low: ClassVar[torch.dtype]
 
-    def __init__(self, keep: Iterable[str] = ("embeddings", "logits"), anyway: bool = False) -> None:
-        self.keep = words(keep)
-        self.anyway = anyway
-
-    def sites(self, graph: GraphModule) -> Iterable[Site]:
+    def every_site(self, graph: GraphModule) -> Iterable[Site]:
         """Every linear, those on integers too, every scaled_dot_product_attention and that of packed sequences."""
         return [Site(node) for node in graph.graph.nodes if node.target in (*LINEARS, *ATTENTIONS)]
 
     def why_not(self, site: Site) -> str | None:
-        """Refuse what is kept, is no float32, is written into, or would be slower here."""
+        """Refuse what is kept or left, is no float32, is written into, or would be slower here."""
         node, name = site.node, name_of(self.low)
-        if reason := why_kept(node, self.keep):
+        if reason := super().why_not(site):
             return reason
         if (found := type_of(node)) is not HIGH:
             return f"It is in {name} already." if found is self.low else f"It computes in {found}, not in float32."
@@ -171,8 +167,9 @@ class CastToBFloat16(Cast):
     attention, and statistics of LayerNorms, are float32 all the same, and on a CPU so are LayerNorms' weights;
     attention that is written out stays in float32 as it is. `keep` lists what else does: words in the paths of layers
     or in the names of operators ("LayerNorm": what it reads and returns too), and "logits" for the linears that make
-    the outputs. A processor or GPU without bfloat16 would be slower: it is refused unless `anyway`, to measure what the
-    answers lose.
+    the outputs. `leave` is the share of the other linears and attentions that does too: those that cost most when they
+    alone are cast (see `sensitivity`, `calibration`), which one run for each finds out. A processor or GPU without
+    bfloat16 would be slower: it is refused unless `anyway`, to measure what the answers lose.
     """
 
     low = torch.bfloat16
@@ -185,13 +182,13 @@ class CastToFloat16(Cast):
         z = linear(y, V, c)                                 y' = gelu(linear(x', W', b'))
                                                             z  = to(linear(y', V', c'), float32)
 
-    All is as in `CastToBFloat16`, `keep` too. float16 has three more bits for each number, and is as fast on a GPU; but
-    what is beyond 65504 becomes infinite, and soon NaN. That may happen to what a linear reads or returns, to a product
-    in a gated feed-forward, and to a residual that grows from layer to layer, as ModernBERT's; "layers.5" in `keep`
-    leaves the layer that does it in float32. Scores of attention and what masks them are no danger: those are float32
-    inside of the operator, these boolean. What is not finite where the model is breaks the promise, so `verify` says
-    so. What is below 3e-8 becomes 0. A CPU would be slower: it is refused unless `anyway`, to measure what the answers
-    lose.
+    All is as in `CastToBFloat16`, `keep` and `leave` too. float16 has three more bits for each number, and is as fast
+    on a GPU; but what is beyond 65504 becomes infinite, and soon NaN. That may happen to what a linear reads or
+    returns, to a product in a gated feed-forward, and to a residual that grows from layer to layer, as ModernBERT's;
+    "layers.5" in `keep` leaves the layer that does it in float32. Scores of attention and what masks them are no
+    danger: those are float32 inside of the operator, these boolean. What is not finite where the model is breaks the
+    promise, so `verify` says so. What is below 3e-8 becomes 0. A CPU would be slower: it is refused unless `anyway`, to
+    measure what the answers lose.
     """
 
     low = torch.float16

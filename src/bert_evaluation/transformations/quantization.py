@@ -7,23 +7,13 @@ from torch import Tensor
 
 from bert_evaluation import graph as graphs
 from bert_evaluation import kernels
-from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Approximates, ReversibleTransformation, Site
-from bert_evaluation.transformations.keep_list import why_kept, words
-from bert_evaluation.transformations.linear import (
-    free_name,
-    readers,
-    sites_by_weight,
-    stem,
-    tensor_of,
-    weight_and_bias,
-)
-from bert_evaluation.transformations.sensitivity import Left, share_to_leave, with_worst_left
-
-aten = torch.ops.aten
+from bert_evaluation.graph import GraphModule
+from bert_evaluation.transformation import Site
+from bert_evaluation.transformations.linear import free_name, sites_by_weight, stem, tensor_of, weight_and_bias
+from bert_evaluation.transformations.rounding import Rounding, why_not_linears
 
 
-class QuantizeLinears(ReversibleTransformation):
+class QuantizeLinears(Rounding):
     """Linears multiply 8-bit integers: weights rounded once, what they read as it comes.
 
         y = linear(x, W, b)      becomes      y = bert_evaluation.linear(x, packed W in int8, its scales, b, outputs)
@@ -40,31 +30,13 @@ class QuantizeLinears(ReversibleTransformation):
     applied.
     """
 
-    promise = Approximates()
-
-    def __init__(
-        self, keep: Iterable[str] = ("embeddings", "logits"), anyway: bool = False, leave: float = 0.0
-    ) -> None:
-        self.keep = words(keep)
-        self.anyway = anyway
-        self.leave = share_to_leave(leave)
-
-    @property
-    def calibrates(self) -> bool:  # type: ignore[override]  # where some are left
-        """Whether what it does depends on calibration inputs."""
-        return self.leave > 0
-
-    def sites(self, graph: GraphModule) -> Iterable[Site]:
+    def every_site(self, graph: GraphModule) -> Iterable[Site]:
         """Every linear, those that share their weight together."""
-        if self.leave:
-            return with_worst_left(graph, QuantizeLinears(self.keep, self.anyway), self.leave)
         return sites_by_weight(graph)
 
     def why_not(self, site: Site) -> str | None:
         """Refuse what is kept, left, fused or packed, what others read too, and sums that would overflow."""
-        if isinstance(site, Left):
-            return site.reason
-        if (reason := why_not_rounded(site, self.keep)) is not None:
+        if (reason := super().why_not(site) or why_not_linears(site)) is not None:
             return reason
         tensor = tensor_of(weight_and_bias(site.node)[0])
         if tensor.dtype is not torch.float32:
@@ -96,20 +68,3 @@ class QuantizeLinears(ReversibleTransformation):
     def undo(self, graph: GraphModule, memo: tuple[str, Tensor]) -> None:
         """Put the weight itself back."""
         graphs.set_tensor(graph, *memo)
-
-
-def why_not_rounded(site: Site, keep: Iterable[str]) -> str | None:
-    """Why the linears of a site cannot read a weight in other numbers, whatever those are, if so."""
-    if reason := next((reason for node in site.nodes if (reason := why_kept(node, keep))), None):
-        return reason
-    if fused := next((node for node in site.nodes if node.target is not aten.linear.default), None):
-        return f"{fused.name} is fused or packed; quantise linears before that."
-    weight = weight_and_bias(site.node)[0]
-    if weight.op != "get_attr":
-        return f"{site.node.name} reads {weight.name}, which the graph computes: it is no stored parameter."
-    if reader := next((user for user in readers(weight) if user not in site.nodes), None):
-        return f"{weight.target} is also read by {reader.name}, which would keep the old copy."
-    for source in (node.args[0] for node in site.nodes):
-        if isinstance(source, Node) and (writer := graphs.writer(source)):
-            return f"{writer.name} writes into {source.name} in place."
-    return None

@@ -40,12 +40,15 @@ def with_worst_left(graph: GraphModule, transformation: Transformation, share: f
         return [Left(site.node, site.nodes, str(error)) for site in sites]
     ranked = sorted(costs, key=lambda name: -costs[name])
     count = math.floor(share * len(ranked) + 1e-9)  # 0.3 of 10 are 3, whatever floats say
-    reasons = {
-        name: f"Alone it moves the outputs by {math.sqrt(costs[name]):.2%} of their standard deviation, more than"
-        f" {len(ranked) - 1 - place} other sites do."
-        for place, name in enumerate(ranked[:count])
-    }
+    reasons = {name: _reason(costs[name], costs.values()) for name in ranked[:count]}
     return [Left(site.node, site.nodes, reasons[str(site)]) if str(site) in reasons else site for site in sites]
+
+
+def _reason(cost: float, costs: Iterable[float]) -> str:
+    """Why a site of this cost is left."""
+    by = f"by {100 * math.sqrt(cost):.3g}% of their standard deviation"
+    distance = "infinitely far" if math.isinf(cost) else by
+    return f"Alone it moves the outputs {distance}, more than {sum(other < cost for other in costs)} other sites do."
 
 
 def sensitivities(graph: GraphModule, transformation: Transformation) -> dict[str, float]:
@@ -58,7 +61,8 @@ def sensitivities(graph: GraphModule, transformation: Transformation) -> dict[st
     Errors of rounding know little of each other, so these shares add up: of the built-in checkpoint's 24 linears in
     int8 to 1.03 times what all cost together, where divergences of the answers' probabilities add up to 1.7 times. And
     few questions rank sites as others do: between three batches by rank correlations of 0.93 to 0.95, where those
-    divergences do by 0.88 to 0.94.
+    divergences do by 0.88 to 0.94. Of its 42 sites in bfloat16 or float16 they add up to 0.84 times what all cost
+    together: what lies between two of them is rounded by neither alone.
     """
     batches = calibration_of(graph).batches
     expected, costs = _outputs(graph, batches), dict[str, float]()
