@@ -14,16 +14,11 @@ from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Approximates, Site
 from bert_evaluation.transformations.activations import Found, activation_at
 from bert_evaluation.transformations.contributions import Contribution, contributions
+from bert_evaluation.transformations.cuts import cut_columns, cut_rows, resize
 from bert_evaluation.transformations.head_weights import Heads, attentions, read_heads, why_not_shared
 from bert_evaluation.transformations.keeping import KeepsTensors, Kept
 from bert_evaluation.transformations.linear import free_name, tensor_of, weight_and_bias, why_not_ours
-from bert_evaluation.transformations.written_attention import (
-    VIEWS,
-    NotAttentionError,
-    argument,
-    is_idle_dropout,
-    readers,
-)
+from bert_evaluation.transformations.written_attention import NotAttentionError, argument, is_idle_dropout, readers
 
 aten = torch.ops.aten
 SELECT = aten.index_select.default
@@ -117,12 +112,12 @@ class PruneHeads(_Pruning):
         found = [read_heads(node) for node in (site.node, *site.nodes)]
         first, head, kept = found[0], site.columns[0] // len(site.columns), Kept()
         for linear, width in zip(first.made_by, first.widths, strict=True):
-            kept |= _cut_rows(graph, linear, range(head * width, (head + 1) * width))
-        kept |= _cut_columns(graph, first.read_by, site.columns, site.mean)
+            kept |= cut_rows(graph, linear, range(head * width, (head + 1) * width))
+        kept |= cut_columns(graph, first.read_by, site.columns, site.mean)
         for each in found:
             for node, axis in each.axes.items():
                 at = len(node.meta["val"].shape) - 1 if axis is None else axis
-                _resize(node, at, node.meta["val"].shape[at] // each.count * (each.count - 1))
+                resize(node, at, node.meta["val"].shape[at] // each.count * (each.count - 1))
                 self.mark_as_transformed(node)
             self.mark_as_transformed(each.read_by)
             for bias, reader, axis in each.biases:
@@ -136,14 +131,14 @@ class PruneHeads(_Pruning):
             name, index = str(stored.target), tensor_of(stored)
             graphs.set_tensor(graph, name, index[heads])
             graphs.propagate(stored)
-            _resize(bias, axis, len(heads))
+            resize(bias, axis, len(heads))
             return {name: index}
         name = free_name(graph, f"{graphs.layer(reader) or 'attention'}_heads", "index")
         graphs.set_tensor(graph, name, torch.tensor(heads, device=bias.meta["val"].device))
         with graph.graph.inserting_before(reader):
             selected = graph.graph.call_function(SELECT, (bias, axis, graph.graph.get_attr(name)))
         selected.meta["val"] = bias.meta["val"]
-        _resize(selected, axis, len(heads))
+        resize(selected, axis, len(heads))
         self.mark_as_transformed(selected)
         reader.replace_input_with(bias, selected)
         return {}
@@ -193,12 +188,12 @@ class PruneFeedForward(_Pruning):
         found = [each for node in (site.node, *site.nodes) if (each := activation_at(node)) is not None]
         first = found[0].source
         left = tensor_of(weight_and_bias(first)[0]).shape[0] - len(site.columns)
-        kept = _cut_rows(graph, first, site.columns)
-        kept |= _cut_columns(graph, _after(found[0])[-1], site.columns, site.mean)
+        kept = cut_rows(graph, first, site.columns)
+        kept |= cut_columns(graph, _after(found[0])[-1], site.columns, site.mean)
         for each in found:
             *between, second = _after(each)
             for node in (each.source, *each.nodes, *between):
-                _resize(node, len(node.meta["val"].shape) - 1, left)
+                resize(node, len(node.meta["val"].shape) - 1, left)
                 self.mark_as_transformed(node)
             self.mark_as_transformed(second)
         return kept
@@ -281,50 +276,3 @@ def _why_no_pair(found: Sequence[Found]) -> str | None:
     if len(seconds) > 1:
         return f"{linears[0].name} is applied several times, each before another linear."
     return why_not_ours(linears) or _why_no_bias(linears[1])
-
-
-def _without(tensor: Tensor, axis: int, places: Iterable[int]) -> Tensor:
-    stays = torch.ones(tensor.shape[axis], dtype=torch.bool)
-    stays[list(places)] = False
-    return tensor.detach().index_select(axis, stays.nonzero().flatten().to(tensor.device))
-
-
-def _replaced(graph: GraphModule, name: str, tensor: Tensor) -> Kept:
-    """Put a tensor in the place of the one of this name, which is returned."""
-    before = graphs.get_tensor(graph, name)
-    assert before is not None
-    graphs.set_tensor(graph, name, graphs.like(tensor, before))
-    for node in graph.graph.find_nodes(op="get_attr"):
-        if node.target == name:
-            graphs.propagate(node)
-    return {name: before}
-
-
-def _cut_rows(graph: GraphModule, linear: Node, rows: Iterable[int]) -> Kept:
-    """Take rows out of a linear's weight and bias."""
-    kept, places = Kept(), list(rows)
-    for parameter in weight_and_bias(linear):
-        if parameter is not None:
-            kept |= _replaced(graph, str(parameter.target), _without(tensor_of(parameter), 0, places))
-    return kept
-
-
-def _cut_columns(graph: GraphModule, linear: Node, columns: Sequence[int], mean: Tensor) -> Kept:
-    """Take columns out of a linear's weight; what they add to its result on average goes into its bias."""
-    weight, bias = weight_and_bias(linear)
-    assert bias is not None
-    gone, before = tensor_of(weight).detach()[:, list(columns)], tensor_of(bias).detach()
-    after = (before.double() + gone.double() @ mean).to(before.dtype)
-    return _replaced(graph, str(weight.target), _without(tensor_of(weight), 1, columns)) | _replaced(
-        graph, str(bias.target), after
-    )
-
-
-def _resize(node: Node, axis: int, size: int) -> None:
-    """Say that a node's result has another size at an axis, also in the arguments of a view."""
-    value = node.meta["val"]
-    node.meta["val"] = value.new_empty((*value.shape[:axis], size, *value.shape[axis + 1 :]))
-    if node.target in VIEWS:
-        sizes = list(node.args[1])  # type: ignore[arg-type]
-        sizes[axis] = sizes[axis] if sizes[axis] == -1 else size
-        node.args = (node.args[0], sizes)
