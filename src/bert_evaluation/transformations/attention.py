@@ -7,31 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.transformation import Reassociates, Site
 from bert_evaluation.transformations.keeping import KeepsTensors, Kept
-from bert_evaluation.transformations.linear import tensor_of
+from bert_evaluation.transformations.score_masks import Mask, bias_of, floored, mask_of, why_not_mask
 from bert_evaluation.transformations.written_attention import (
-    ADDS,
-    FILLS,
-    PRODUCTS,
-    SCALES,
     VIEWS,
-    WHERES,
     NotAttentionError,
     Operand,
     argument,
     before_products,
-    broadcast,
-    constant,
     discard,
     factor,
     operand,
     probabilities,
     readers,
+    reshapes,
     scores,
     shape_of,
     type_of,
@@ -39,17 +32,6 @@ from bert_evaluation.transformations.written_attention import (
 )
 
 aten = torch.ops.aten
-FLOOR = aten.clamp_min.default
-
-
-@dataclass(frozen=True)
-class _Mask:
-    """What one node does to the scores: adds `tensor` to them, or fills `fill` in where `tensor` is `at`."""
-
-    by: Node
-    tensor: Node
-    fill: float | None = None
-    at: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,7 +43,7 @@ class _Written:
     value: Node
     scores: tuple[Node, ...]
     probabilities: tuple[Node, ...]
-    masks: tuple[_Mask, ...]
+    masks: tuple[Mask, ...]
 
     @property
     def product(self) -> Node:
@@ -76,16 +58,12 @@ class _Written:
     @property
     def split(self) -> Node | None:
         """The view of the scores that takes batch and heads apart, if there is one."""
-        return next(filter(_reshapes, self.scores), None)
+        return next(filter(reshapes, self.scores), None)
 
     @property
     def scale(self) -> float:
         """What queries times keys are multiplied by, be it before or after something is added."""
         return math.prod([self.query.factor, self.key.factor, *(factor(node) or 1.0 for node in self.scores)])
-
-
-def _reshapes(node: Node) -> bool:
-    return node.target in VIEWS and shape_of(node) != shape_of(argument(node, 0))
 
 
 class FuseAttention(KeepsTensors):
@@ -122,7 +100,8 @@ class FuseAttention(KeepsTensors):
         stored, read = graphs.tensors(graph), graphs.read_names(graph)
         replaced, split = written.result, written.split
         with graph.graph.inserting_before(replaced):
-            bias = _floored(graph, _bias(graph, written), replaced)
+            like = written.query.node.meta["val"]
+            bias = floored(graph, bias_of(graph, written.scores, written.masks, like), replaced)
             query = _oriented(graph, written.query, swapped=False)
             key = _oriented(graph, written.key, swapped=True)
             value = written.value
@@ -157,7 +136,7 @@ def _read(softmax: Node) -> _Written:
         raise NotAttentionError(f"{softmax.name} is over dimension {dimension}, not over the last one, the keys.")
     after, before = probabilities(softmax), scores(softmax)
     query, key = (operand(argument(before[0], index)) for index in (0, 1))
-    masks = [_mask(node, read) for read, node in itertools.pairwise(before)]
+    masks = [mask_of(node, read) for read, node in itertools.pairwise(before)]
     return _Written(
         query,
         key,
@@ -166,29 +145,6 @@ def _read(softmax: Node) -> _Written:
         tuple(after),
         tuple(mask for mask in masks if mask is not None),
     )
-
-
-def _mask(node: Node, read: Node) -> _Mask | None:
-    """What a node that reads the scores masks them with, if it does so."""
-    tensor: Any
-    fill: Any
-    if node.target in ADDS:
-        tensor, fill, at = next((side for side in node.args[:2] if side is not read), None), None, True
-    elif node.target in FILLS:
-        (_, tensor, fill), at = node.args, True
-    elif node.target in WHERES:
-        at = node.args[2] is read
-        tensor, fill = node.args[0], node.args[1 if at else 2]
-    else:
-        return None
-    if not isinstance(tensor, Node) or len(shape_of(tensor)) < 2:
-        raise NotAttentionError(f"{node.name} masks the scores by what is no matrix, which the operator does not take.")
-    if fill is None:
-        return _Mask(node, tensor)
-    number = constant(fill)
-    if number is None:
-        raise NotAttentionError(f"{node.name} fills the scores with something that is no constant.")
-    return _Mask(node, tensor, number, at)
 
 
 def _why_not_fitting(written: _Written) -> str | None:
@@ -200,7 +156,7 @@ def _why_not_fitting(written: _Written) -> str | None:
             f"The shapes of query {_said(query)}, transposed key {_said(key)} and value {_said(value)}"
             " do not fit one attention."
         )
-    split, joined = list(filter(_reshapes, written.scores)), list(filter(_reshapes, written.probabilities))
+    split, joined = list(filter(reshapes, written.scores)), list(filter(reshapes, written.probabilities))
     if len(split) != len(joined) or len(split) > 1 or (joined and shape_of(joined[0]) != product):
         return f"The scores of {written.product.name} are reshaped, and the probabilities not back in the same way."
     shape = product
@@ -223,41 +179,11 @@ def _why_not_masks(written: _Written) -> str | None:
     assert kind is not None
     before_split = written.scores.index(written.split) if written.split is not None else 0
     for mask in written.masks:
-        if mask.fill is None:
-            if type_of(mask.tensor) != kind:
-                return f"The mask {mask.tensor.name} is {type_of(mask.tensor)} and the query {kind}."
-            if _has_infinity(mask.tensor):
-                return _INFINITE.format(mask.tensor.name)
-        elif mask.fill == -math.inf:
-            return _INFINITE.format(mask.by.name)
-        # A score added to half of the lowest number is rounded away: what was filled in and what is added are the same.
-        elif mask.fill > torch.finfo(kind).min / 2:
-            return (
-                f"{mask.by.name} fills in {mask.fill:g}; added instead, that would let the scores"
-                " of a fully masked row through."
-            )
+        if reason := why_not_mask(mask, kind):
+            return reason
         if written.scores.index(mask.by) < before_split and shape_of(mask.tensor) != shape_of(written.product):
             return f"The mask {mask.tensor.name} is spread over the scores before they are reshaped."
     return None
-
-
-_INFINITE = "{} masks with -inf: a fully masked row, which is NaN now, would be 0."
-
-
-def _has_infinity(mask: Node) -> bool:
-    """Whether a mask is made with -inf, as far as one can see: back to the products and inputs that it comes from."""
-    waiting, seen = [mask], set[Node]()
-    while waiting:
-        node = waiting.pop()
-        if node in seen or node.target in (*PRODUCTS, aten.linear.default, aten.scaled_dot_product_attention.default):
-            continue
-        seen.add(node)
-        if -math.inf in [each for each in (*node.args, *node.kwargs.values()) if isinstance(each, float)]:
-            return True
-        if node.op == "get_attr" and bool((tensor_of(node) == -math.inf).any()):
-            return True
-        waiting.extend(node.all_input_nodes)
-    return False
 
 
 def _why_not_in_time(written: _Written) -> str | None:
@@ -299,63 +225,8 @@ def _split(graph: GraphModule, split: Node, tensor: Node, length: int) -> Node:
 
 def _joined(graph: GraphModule, fused: Node, written: _Written) -> Node:
     """The result with batch and heads joined again, as the probabilities were."""
-    sizes: Any = next(filter(_reshapes, written.probabilities)).args[1]
+    sizes: Any = next(filter(reshapes, written.probabilities)).args[1]
     width = fused.meta["val"].shape[-1]
     node = graph.graph.call_function(aten.reshape.default, (fused, [*sizes[:-1], width]))
     node.meta["val"] = written.result.meta["val"]
-    return node
-
-
-def _bias(graph: GraphModule, written: _Written) -> Node | None:
-    """All that is added to the scores and filled in, put together in the same order; None where there is nothing."""
-    bias: Node | None = None
-    masks = {mask.by: mask for mask in written.masks}
-    for node in written.scores[1:]:
-        if node in masks:
-            bias = _masked(graph, bias, masks[node], written.query.node.meta["val"])
-        elif bias is not None and _reshapes(node):
-            bias = graph.graph.call_function(aten.reshape.default, (bias, node.args[1]))
-            bias.meta["val"] = node.meta["val"]
-        elif bias is not None and node.target in SCALES:
-            value = bias.meta["val"]
-            bias = graph.graph.call_function(aten.mul.Tensor, (bias, factor(node)))
-            bias.meta["val"] = value
-    return bias
-
-
-def _floored(graph: GraphModule, bias: Node | None, at: Node) -> Node | None:
-    """A bias that stays finite in CUDA's kernels, which multiply scores by log2(e) in float32 before their softmax.
-
-    The lowest numbers would be -inf there, and a row that is masked with them 0 instead of the mean of all values. Half
-    of the lowest is as good: what it is added to is rounded away.
-    """
-    if bias is None:
-        return None
-    value = bias.meta["val"]
-    if value.device.type != "cuda" or value.dtype not in (torch.float32, torch.bfloat16):
-        return bias
-    arguments = bias, torch.finfo(torch.float32).min / 2
-    for node in bias.users:  # the floor of another layer's attention
-        if node.target is FLOOR and node.args == arguments and not writes_between(node, at, bias):
-            return node
-    node = graph.graph.call_function(FLOOR, arguments)
-    node.meta["val"] = value
-    return node
-
-
-def _masked(graph: GraphModule, bias: Node | None, mask: _Mask, like: Tensor) -> Node:
-    """A bias with one more mask, of the type and device of `like`."""
-    if mask.fill is None and bias is None:
-        return mask.tensor
-    if bias is None:
-        kind: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-        bias = graph.graph.call_function(aten.zeros.default, ([],), kind)
-        bias.meta["val"] = like.new_empty(())
-    if mask.fill is None:
-        node = graph.graph.call_function(aten.add.Tensor, (bias, mask.tensor))
-    elif mask.at:
-        node = graph.graph.call_function(aten.where.ScalarSelf, (mask.tensor, mask.fill, bias))
-    else:
-        node = graph.graph.call_function(aten.where.ScalarOther, (mask.tensor, bias, mask.fill))
-    node.meta["val"] = like.new_empty(broadcast(bias.meta["val"].shape, mask.tensor.meta["val"].shape))
     return node

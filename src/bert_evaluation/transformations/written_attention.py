@@ -292,3 +292,8 @@ def _writes_for_itself(node: Node) -> bool:
             return source.op == "call_function"
         node = source
     return False
+
+
+def reshapes(node: Node) -> bool:
+    """Whether a node is a view of another shape."""
+    return node.target in VIEWS and shape_of(node) != shape_of(argument(node, 0))
