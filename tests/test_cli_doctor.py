@@ -32,6 +32,7 @@ TOLD = Reading(
     swap_used=0,
     paged=0,
     allocator="jemalloc",
+    uneven=1.04,
 )
 
 
@@ -62,6 +63,7 @@ def test_nothing_disturbs_a_quiet_machine():
         ),
         ({"after": replace(LATER, held_back=2.5), "quota": 4.0}, "CPU quota", "held this process back for 0.50 s"),
         ({"swap_used": 3 << 30, "paged": 5 << 20}, "Swap", "3.0 GiB used, 5 MiB moved while looking"),
+        ({"uneven": 1.9}, "Pace", "the same work took 1.90 times as long at times"),
     ],
 )
 def test_each_disturbance_is_found_alone_with_advice(changes, what, part):

@@ -1,5 +1,6 @@
 """The state of the machine before and after something is timed, and what a reader should know of it."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,17 @@ def temperature() -> tuple[float | None, float | None]:
     found = [each for name in SENSORS for each in sensors.get(name, ())]
     hottest = max(found, key=lambda each: each.current, default=None)
     return (None, None) if hottest is None else (hottest.current, hottest.high)
+
+
+def others_seconds() -> dict[tuple[int, str], float]:
+    """Seconds of CPU that each other process had so far."""
+    found = dict[tuple[int, str], float]()
+    for process in psutil.process_iter(["name", "cpu_times"]):
+        times, name = process.info["cpu_times"], process.info["name"] or "?"
+        if times is not None and process.pid != os.getpid():
+            clean = "".join(sign if sign.isprintable() else "?" for sign in name)
+            found[process.pid, clean] = times.user + times.system
+    return found
 
 
 def others_share(before: Conditions, after: Conditions) -> float:

@@ -1,8 +1,6 @@
 """What disturbs measurements on this machine: read once, then judged by pure functions."""
 
 import math
-import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +12,12 @@ import torch
 from bert_evaluation import conditions, linux
 from bert_evaluation.capabilities import Fact, size
 from bert_evaluation.conditions import Conditions, told
+from bert_evaluation.pace import unevenness
 from bert_evaluation.roofline import Reached, Roofline
 
 Verdict = Literal["ok", "disturbs", "unknown"]
 LOOK = 1.0  # seconds for which the machine is watched
+UNEVEN = 1.2  # times as long as its fastest tenth that the same work's slowest takes, from where on it disturbs
 BUSY_LOAD, BUSY_PROCESS = 0.5, 0.1  # cores kept busy, by all in the last minute and by one process
 CONTEXT = 1 << 30  # bytes that CUDA takes at most of a GPU's memory for a process without tensors
 
@@ -47,7 +47,8 @@ class Gpu:
 class Reading:
     """All that findings are made of: conditions at the two ends of a look, and what else was seen.
 
-    `busiest` are other processes and how many cores each kept busy; `paged` are bytes swapped in or out while looking.
+    `busiest` are other processes and how many cores each kept busy; `paged` are bytes swapped in or out while looking,
+    `uneven` is how many times as long the same work took at times (see `pace`).
     """
 
     before: Conditions
@@ -61,6 +62,7 @@ class Reading:
     swap_used: int | None = None
     paged: int | None = None
     allocator: str | None = None
+    uneven: float | None = None
     gpu: Gpu | None = None
 
 
@@ -78,10 +80,11 @@ class Examination:
 
 def read(device: torch.device, root: Path = linux.ROOT, look: float = LOOK) -> Reading:
     """Look at the machine for a while. `root` is where /proc and /sys are looked for."""
-    before, swap, seconds = conditions.snapshot(device, root), told(lambda: psutil.swap_memory()), _process_seconds()
-    time.sleep(look)
+    before, swap = conditions.snapshot(device, root), told(lambda: psutil.swap_memory())
+    seconds = conditions.others_seconds()
+    uneven = unevenness(look)
     # The device first: a snapshot lets it work.
-    gpu, seconds_after, swapped = _gpu(device), _process_seconds(), told(lambda: psutil.swap_memory())
+    gpu, seconds_after, swapped = _gpu(device), conditions.others_seconds(), told(lambda: psutil.swap_memory())
     after = conditions.snapshot(device, root)
     spent = {who: (now - seconds[who]) / look for who, now in seconds_after.items() if who in seconds}
     busiest = sorted(((name, share) for (_, name), share in spent.items()), key=lambda each: -each[1])
@@ -98,6 +101,7 @@ def read(device: torch.device, root: Path = linux.ROOT, look: float = LOOK) -> R
         swap_used=swapped.used if swapped else None,
         paged=swapped.sin + swapped.sout - swap.sin - swap.sout if swap and swapped else None,
         allocator=linux.allocator(root),
+        uneven=uneven,
         gpu=gpu,
     )
 
@@ -226,6 +230,17 @@ def _malloc(reading: Reading) -> Finding:
     )
 
 
+def _pace(reading: Reading) -> Finding:
+    times = reading.uneven
+    return Finding(
+        "Pace",
+        None if times is None else f"the same work took {times:.2f} times as long at times",
+        _verdict(times, times is not None and times >= UNEVEN),
+        "If nothing above explains it, a neighbour on the same core does, which a guest system is not told of: time at"
+        " another hour or on a machine of your own.",
+    )
+
+
 def _gpu_state(reading: Reading) -> Finding:
     before, now = reading.before, reading.after
     parts = {"MHz": now.device_clock_mhz, "°C": now.device_temperature_c, "W": now.device_power_w}
@@ -264,6 +279,7 @@ JUDGES: tuple[Callable[[Reading], Finding], ...] = (
     _quota,
     _swap,
     _malloc,
+    _pace,
 )
 GPU_JUDGES: tuple[Callable[[Reading], Finding], ...] = (_gpu_state, _gpu_others)
 
@@ -280,14 +296,3 @@ def _gpu(device: torch.device) -> Gpu | None:
     free, total = torch.cuda.mem_get_info(device)
     busy = conditions.of_driver(lambda: torch.cuda.utilization(device))
     return Gpu(busy, total - free - torch.cuda.memory_reserved(device))
-
-
-def _process_seconds() -> dict[tuple[int, str], float]:
-    """Seconds of CPU that each other process had so far."""
-    found = dict[tuple[int, str], float]()
-    for process in psutil.process_iter(["name", "cpu_times"]):
-        times, name = process.info["cpu_times"], process.info["name"] or "?"
-        if times is not None and process.pid != os.getpid():
-            clean = "".join(sign if sign.isprintable() else "?" for sign in name)
-            found[process.pid, clean] = times.user + times.system
-    return found
