@@ -236,8 +236,8 @@ def _pace(reading: Reading) -> Finding:
         "Pace",
         None if times is None else f"the same work took {times:.2f} times as long at times",
         _verdict(times, times is not None and times >= UNEVEN),
-        "If nothing above explains it, a neighbour on the same core does, which a guest system is not told of: time at"
-        " another hour or on a machine of your own.",
+        "If nothing above explains it, neighbours on the same cores may, which a guest system is not told of: time"
+        " at another hour or on a machine of your own.",
     )
 
 
