@@ -1,7 +1,8 @@
-"""A graph compiled by TorchInductor: C++ of its own for this machine, one for all sizes, from any number of threads.
+"""A graph compiled by TorchInductor: code of its own for this machine, one for all sizes, from any number of threads.
 
 Inductor fuses what stands between the large operators, and calls those from C++, without Python in between. What it
 would take apart for the worse stays one call: oneDNN's linears, whose packed weights it does not read, and lookups.
+On a CPU the code is a shared library, on CUDA what torch.compile makes of it, whose launches can be recorded.
 """
 
 import shutil
@@ -17,16 +18,16 @@ from typing import Any
 
 import torch
 import torch._dynamo.config  # documented, under this name
-from torch import Tensor
+from torch import Tensor, fx
 
+from bert_evaluation import aot_inductor, onednn, varlen
 from bert_evaluation import graph as graphs
-from bert_evaluation import onednn, varlen
 from bert_evaluation.buckets import bucket, paddable
 from bert_evaluation.cuda_graphs import Recorder, Replayed
 from bert_evaluation.cutting import cut
 from bert_evaluation.device import c_compiler, cpp_compiler
 from bert_evaluation.errors import TransformationError
-from bert_evaluation.graph import GraphModule
+from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.signature import LENGTH, MASK, UNLIMITED, Signature
 
 aten = torch.ops.aten
@@ -160,32 +161,14 @@ class Compiled:
         return lambda **inputs: restore(function(**inputs, **first(**inputs)))
 
     def _compiled(self, graph: GraphModule, signature: Signature) -> Callable[..., Any]:
-        options: dict[str, Any] = (ON_CPU if self._on_cpu else ON_CUDA) | {
-            "max_autotune": self._autotune,
-            # Released while it runs, Python's lock lets other threads answer other batches.
-            "cpp_wrapper": self._on_cpu,
-            # The signature checks inputs, and tests the operators; that once more was a sixth of the fixed cost.
-            "size_asserts": not self._on_cpu,
-            # Dynamo would compile again for a size of 1, another number of threads, and in inference mode. Nothing
-            # generated depends on those; what does depend on the inputs is checked at every call.
-            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-        }
-        function: Callable[..., Any] = torch.compile(graph.forward, fullgraph=True, dynamic=False, options=options)
-        with (
-            warnings.catch_warnings(),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
-        ):
+        sizes = self._example_sizes(signature.longest)
+        inputs = {each.name: each.zeros(sizes) for each in signature.inputs}
+        options = {**(ON_CPU if self._on_cpu else ON_CUDA), "max_autotune": self._autotune}
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             # Float16 is looked up for bfloat16 where CastEmbeddings was; the result is checked like any other.
             warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
-            sizes = self._example_sizes(signature.longest)
-            inputs = {each.name: each.zeros(sizes) for each in signature.inputs}
-            for each in signature.inputs:
-                for dimension in each.dynamic:
-                    torch._dynamo.mark_dynamic(inputs[each.name], dimension)
-            function(**inputs)  # it is compiled by being called
-        return function
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)  # torch's own
+            return (_library if self._on_cpu else _in_time)(graph, signature, inputs, options)
 
     def _example_sizes(self, longest: Mapping[str, int]) -> dict[str, int]:
         """Sizes to compile with: each 3 more than the one before, but a usual length on CUDA where that is allowed."""
@@ -193,6 +176,41 @@ class Compiled:
         if not self._on_cpu and USUAL < min(longest.get(LENGTH, 0), self._longest or UNLIMITED) < UNLIMITED:
             sizes[LENGTH] = USUAL
         return sizes
+
+
+def _library(
+    graph: GraphModule, signature: Signature, inputs: dict[str, Tensor], options: dict[str, Any]
+) -> Callable[..., Any]:
+    """The graph as a shared library. That returns tensors; here they get back to where the graph returns them."""
+    returned, restored = graphs.taken_apart(graph.graph.output_node().args[0])
+    nodes = list(dict.fromkeys(part for part in returned if isinstance(part, Node)))
+    plain, copies = fx.Graph(), dict[Node, Node]()
+    plain.graph_copy(graph.graph, copies)
+    plain.output(tuple(copies[node] for node in nodes))
+    dynamic = {each.name: each.dynamic for each in signature.inputs}
+    call = aot_inductor.library(GraphModule(graph, plain), inputs, dynamic, options)
+
+    def function(**given: Tensor) -> Any:
+        results = dict(zip(nodes, call(given), strict=True))
+        return graph.graph.process_outputs(restored([results.get(part, part) for part in returned]))
+
+    return function
+
+
+def _in_time(
+    graph: GraphModule, signature: Signature, inputs: dict[str, Tensor], options: dict[str, Any]
+) -> Callable[..., Any]:
+    """The graph as torch.compile calls it, compiled for these inputs, and for others in their dynamic dimensions."""
+    # Dynamo would compile again for a size of 1 and in inference mode. Nothing generated depends on those; what does
+    # depend on the inputs is checked at every call.
+    options |= {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    function: Callable[..., Any] = torch.compile(graph.forward, fullgraph=True, dynamic=False, options=options)
+    for each in signature.inputs:
+        for dimension in each.dynamic:
+            torch._dynamo.mark_dynamic(inputs[each.name], dimension)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        function(**inputs)  # it is compiled by being called
+    return function
 
 
 def is_pending(graph: GraphModule) -> bool:
