@@ -51,5 +51,5 @@ def library(
             exported, package_path=str(Path(folder, "graph.pt2")), inductor_configs={**PARAMETERS_STAY, **options}
         )
         made = torch.classes.bert_evaluation.Library(package, os.cpu_count())
-    made.read({name: tensors[name].detach() for name in made.names()})
+    made.read({name: tensors[name] for name in made.names()})
     return lambda inputs: made.run([inputs[name] for name in examples])

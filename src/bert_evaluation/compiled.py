@@ -187,8 +187,11 @@ def _library(
     plain, copies = fx.Graph(), dict[Node, Node]()
     plain.graph_copy(graph.graph, copies)
     plain.output(tuple(copies[node] for node in nodes))
+    twin = GraphModule(graph, plain)
+    for name, tensor in graphs.tensors(twin).items():  # without gradients: export refuses those of inference mode
+        graphs.set_tensor(twin, name, tensor.detach())
     dynamic = {each.name: each.dynamic for each in signature.inputs}
-    call = aot_inductor.library(GraphModule(graph, plain), inputs, dynamic, options)
+    call = aot_inductor.library(twin, inputs, dynamic, options)
 
     def function(**given: Tensor) -> Any:
         results = dict(zip(nodes, call(given), strict=True))

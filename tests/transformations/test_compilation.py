@@ -294,8 +294,9 @@ def test_behind_packed_sequences(bert, bert_graph):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["bf16", "int8", "CastToBFloat16(anyway=True)", "CastToFloat16(anyway=True)"])
 def test_in_lower_precision(bert, bert_graph, recipe):
-    """As a step of its own, it is held against the float64 of the graph before it."""
-    before = parse_recipe(recipe, REGISTRY, PRESETS)(graphs.fork(bert_graph))
+    """It is held against the float64 of the graph before it, which inference mode may have made."""
+    with torch.inference_mode():
+        before = parse_recipe(recipe, REGISTRY, PRESETS)(graphs.fork(bert_graph))
     reference = observe(before, default_probes(bert))
     graph = Compile()(graphs.fork(before))
     verdict = judge(reference, results(graph, reference.probes), Compile.promise)
