@@ -1,10 +1,11 @@
+import ctypes
 import os
 import tempfile
 
 import pytest
 import torch
 
-from bert_evaluation import capture
+from bert_evaluation import capture, kernels
 from bert_evaluation.aot_inductor import library, why_not_built
 
 pytestmark = pytest.mark.skipif(why_not_built() is not None, reason=str(why_not_built()))
@@ -31,6 +32,49 @@ def test_it_reads_the_tensors_that_the_graph_has():
                 change()
                 for found, expected in zip(call({"x": x}), graph(x=x), strict=True):
                     assert torch.allclose(found, expected, atol=1e-6)
+
+
+class OurOperators(torch.nn.Module):
+    """Each of them, with all that may be given and with nothing that need not be."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", kernels.pack(torch.randn(8, 8)))
+        for name in ("bias", "norm_weight", "norm_bias"):
+            self.register_buffer(name, torch.randn(8))
+
+    def forward(self, x, mask):
+        normed = (self.norm_weight, self.norm_bias, 1e-5)
+        y = kernels.LINEAR(x, self.weight, None, self.bias, 8, "gelu", x, *normed)
+        z = kernels.LINEAR(y, self.weight, None, None, 8)
+        seen = mask.bool()[:, None, None, :]
+        attended = (kernels.ATTENTION(x, y, z, seen, 2, 0.5), kernels.ATTENTION(x, y, z, None, 2, 0.5))
+        return *attended, kernels.PACKED_ATTENTION(x[:1], y[:1], z[:1], mask[:1], 2, 0.5)
+
+
+def test_our_operators_are_called_as_c_functions(tmp_path, monkeypatch):
+    there = ctypes.CDLL(None)
+    names = [operator._schema.name.rpartition("::")[2] for operator in kernels.TWINS]
+    assert all(hasattr(there, f"aoti_torch_cpu_{name}") for name in names)
+    assert len(names) == 3
+    model = OurOperators()
+    dynamic = {"x": [0, 1], "mask": [0, 1]}
+    shapes = {name: dict.fromkeys(each, torch.export.Dim.DYNAMIC) for name, each in dynamic.items()}
+    examples = {"x": torch.randn(3, 6, 8), "mask": torch.ones(3, 6, dtype=torch.long)}
+    graph = capture(model, examples, shapes)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    call = library(graph, examples, dynamic, {})
+    (code,) = (file.read_text() for file in tmp_path.rglob("*.wrapper.cpp"))
+    assert "proxy_executor_call" not in code
+    for batch, length in ((1, 1), (2, 5), (4, 40)):
+        inputs = {"x": torch.randn(batch, length, 8), "mask": torch.ones(batch, length, dtype=torch.long)}
+        inputs["mask"][1:, length // 2 :] = 0
+        for found, expected in zip(call(inputs), graph(**inputs), strict=True):
+            assert torch.equal(found, expected)
+    inputs["mask"][0, 0] = 0
+    if kernels.why_not(torch.int8, torch.device("cpu")) is None:  # plain PyTorch has other words for it
+        with pytest.raises(RuntimeError, match="There are as many tokens as the mask has ones"):
+            call(inputs)
 
 
 def test_a_size_that_would_be_fixed_is_an_error():

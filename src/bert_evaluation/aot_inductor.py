@@ -16,17 +16,37 @@ from torch import Tensor
 from torch._inductor import aoti_compile_and_package  # documented, under this name
 from torch.export import Dim
 
-from bert_evaluation import extension
+from bert_evaluation import extension, kernels
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule
 
-PARAMETERS_STAY = {"aot_inductor.package_constants_in_so": False}
+SOURCES = ("aot_inductor.cpp", "aot_inductor_shims.cpp")
+# How a C function takes what an operator takes.
+IN_C = {
+    "Tensor": "AtenTensorHandle",
+    "Optional[Tensor]": "AtenTensorHandle*",
+    "int": "int64_t",
+    "str": "const char*",
+    "float": "double",
+}
 
 
 @cache
 def why_not_built() -> str | None:
-    """Compile and load what runs libraries, unless that is done; why that failed, if it did (see `extension`)."""
-    return extension.why_not_loaded("libraries", Path(__file__).parent, ["aot_inductor.cpp"], ["-O2", "-std=c++20"])
+    """Compile and load what libraries need, unless that is done; why that failed, if it did (see `extension`)."""
+    return extension.why_not_loaded("libraries", Path(__file__).parent, SOURCES, ["-O2", "-std=c++20"])
+
+
+def config() -> dict[str, Any]:
+    """Parameters stay where they are, and our operators are called as the C functions in `aot_inductor_shims.cpp`."""
+    shims = {operator: [_declaration(operator)] for operator in kernels.TWINS}
+    return {"aot_inductor.package_constants_in_so": False, "aot_inductor.custom_ops_to_c_shims": shims}
+
+
+def _declaration(operator: torch._ops.OpOverload) -> str:
+    taken = [f"{IN_C[str(each.type)]} {each.name}" for each in operator._schema.arguments]
+    name = operator._schema.name.rpartition("::")[2]
+    return f"AOTITorchError aoti_torch_cpu_{name}({', '.join(taken)}, AtenTensorHandle* result)"
 
 
 def library(
@@ -48,7 +68,7 @@ def library(
     # What is loaded is unpacked into a folder of its own, which goes with it.
     with tempfile.TemporaryDirectory() as folder:
         package = aoti_compile_and_package(
-            exported, package_path=str(Path(folder, "graph.pt2")), inductor_configs={**PARAMETERS_STAY, **options}
+            exported, package_path=str(Path(folder, "graph.pt2")), inductor_configs={**config(), **options}
         )
         made = torch.classes.bert_evaluation.Library(package, os.cpu_count())
     made.read({name: tensors[name] for name in made.names()})

@@ -1,5 +1,6 @@
 """C++ of ours compiled for this processor, once, and kept."""
 
+import ctypes
 import hashlib
 import os
 import shlex
@@ -27,6 +28,7 @@ def why_not_loaded(name: str, folder: Path, sources: Sequence[str], flags: Seque
         if not library.exists():
             _compile(name, [str(folder / each) for each in sources], flags, library)
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)  # what is loaded later may call its functions
     except (OSError, RuntimeError, ImportError) as error:
         return f"The {name} could not be compiled ({_said(error)}); they need g++ and ninja."
     return None
