@@ -11,9 +11,10 @@ from rich.console import Console
 from test_cli import run, says
 from test_roofline import MADE_UP, peak
 
-from bert_evaluation import conditions, doctor, kernels, roofline
+from bert_evaluation import conditions, doctor, kernels, pace, roofline
 from bert_evaluation.capabilities import Fact, facts, instructions, libraries, own_kernels
 from bert_evaluation.doctor import Examination, Gpu, Reading, findings, read
+from bert_evaluation.pace import Pace
 from bert_evaluation.report.examination import conclusion, lines, published, tables
 from bert_evaluation.report.writing import rate
 from bert_evaluation.roofline import Reached
@@ -32,7 +33,7 @@ TOLD = Reading(
     swap_used=0,
     paged=0,
     allocator="jemalloc",
-    uneven=1.04,
+    pace=Pace(1.04, 1.1),
 )
 
 
@@ -63,7 +64,8 @@ def test_nothing_disturbs_a_quiet_machine():
         ),
         ({"after": replace(LATER, held_back=2.5), "quota": 4.0}, "CPU quota", "held this process back for 0.50 s"),
         ({"swap_used": 3 << 30, "paged": 5 << 20}, "Swap", "3.0 GiB used, 5 MiB moved while looking"),
-        ({"uneven": 1.9}, "Pace", "the same work took 1.90 times as long at times"),
+        ({"pace": Pace(1.9)}, "Pace", "the same work took 1.90 times as long at times"),
+        ({"pace": Pace(1.1, 1.8)}, "Pace", "at times, and 1.80 times as long on several CPUs at once"),
     ],
 )
 def test_each_disturbance_is_found_alone_with_advice(changes, what, part):
@@ -314,3 +316,10 @@ def test_bad_input(tmp_path):
     says(run("doctor", "--json", tmp_path / "absent" / "file.json"), 1, "There is no folder")
     says(run("doctor", "--device", "cda"), 2, "did you mean cuda")
     says(run("doctor", "--model", tmp_path / "absent"), 1, "There is no checkpoint folder")
+
+
+def test_pace_on_several_threads_is_measured_where_there_are_several():
+    alone, both = pace.measured(0, 1), pace.measured(0, 2)
+    assert alone.at_once is None
+    assert min(alone.at_times, both.at_times) >= 1
+    assert both.at_once > 0

@@ -12,12 +12,12 @@ import torch
 from bert_evaluation import conditions, linux
 from bert_evaluation.capabilities import Fact, size
 from bert_evaluation.conditions import Conditions, told
-from bert_evaluation.pace import unevenness
+from bert_evaluation.pace import Pace, measured
 from bert_evaluation.roofline import Reached, Roofline
 
 Verdict = Literal["ok", "disturbs", "unknown"]
 LOOK = 1.0  # seconds for which the machine is watched
-UNEVEN = 1.2  # times as long as its fastest tenth that the same work's slowest takes, from where on it disturbs
+UNEVEN = 1.2  # times as long that the same work takes at times, or on several CPUs at once, from where on it disturbs
 BUSY_LOAD, BUSY_PROCESS = 0.5, 0.1  # cores kept busy, by all in the last minute and by one process
 CONTEXT = 1 << 30  # bytes that CUDA takes at most of a GPU's memory for a process without tensors
 
@@ -47,8 +47,7 @@ class Gpu:
 class Reading:
     """All that findings are made of: conditions at the two ends of a look, and what else was seen.
 
-    `busiest` are other processes and how many cores each kept busy; `paged` are bytes swapped in or out while looking,
-    `uneven` is how many times as long the same work took at times (see `pace`).
+    `busiest` are other processes and how many cores each kept busy; `paged` are bytes swapped in or out while looking.
     """
 
     before: Conditions
@@ -62,7 +61,7 @@ class Reading:
     swap_used: int | None = None
     paged: int | None = None
     allocator: str | None = None
-    uneven: float | None = None
+    pace: Pace | None = None
     gpu: Gpu | None = None
 
 
@@ -82,7 +81,7 @@ def read(device: torch.device, root: Path = linux.ROOT, look: float = LOOK) -> R
     """Look at the machine for a while. `root` is where /proc and /sys are looked for."""
     before, swap = conditions.snapshot(device, root), told(lambda: psutil.swap_memory())
     seconds = conditions.others_seconds()
-    uneven = unevenness(look)
+    pace = measured(look, torch.get_num_threads())
     # The device first: a snapshot lets it work.
     gpu, seconds_after, swapped = _gpu(device), conditions.others_seconds(), told(lambda: psutil.swap_memory())
     after = conditions.snapshot(device, root)
@@ -101,7 +100,7 @@ def read(device: torch.device, root: Path = linux.ROOT, look: float = LOOK) -> R
         swap_used=swapped.used if swapped else None,
         paged=swapped.sin + swapped.sout - swap.sin - swap.sout if swap and swapped else None,
         allocator=linux.allocator(root),
-        uneven=uneven,
+        pace=pace,
         gpu=gpu,
     )
 
@@ -231,13 +230,13 @@ def _malloc(reading: Reading) -> Finding:
 
 
 def _pace(reading: Reading) -> Finding:
-    times = reading.uneven
+    pace = reading.pace
     return Finding(
         "Pace",
-        None if times is None else f"the same work took {times:.2f} times as long at times",
-        _verdict(times, times is not None and times >= UNEVEN),
-        "If nothing above explains it, neighbours on the same cores may, which a guest system is not told of: time"
-        " at another hour or on a machine of your own.",
+        None if pace is None else str(pace),
+        _verdict(pace, pace is not None and max(pace.at_times, pace.at_once or 0) >= UNEVEN),
+        "If nothing above explains it, neighbours on the same cores may, or a host that puts two of these CPUs on one"
+        " core, which a guest system is not told of: time at another hour or on a machine of your own.",
     )
 
 
