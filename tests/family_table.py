@@ -8,7 +8,7 @@ import torch
 import transformers
 from families import FAMILIES, tiny
 
-from bert_evaluation import capture
+from bert_evaluation import capture, hashes
 from bert_evaluation import graph as graphs
 from bert_evaluation.calibration import Calibration, calibrate
 from bert_evaluation.capturing import text_inputs
@@ -37,7 +37,7 @@ def reports():
     for family in FAMILIES:
         usual, eager = (capture(tiny(family, **more)) for more in ({}, {"attn_implementation": "eager"}))
         written = {family: usual}
-        if graphs.graph_hash(usual) != graphs.graph_hash(eager):
+        if hashes.graph_hash(usual) != hashes.graph_hash(eager):
             written[f"{family}, eager"] = eager
         for line, base in written.items():
             calibrate(base, Calibration((text_inputs(tiny(family), 2, 16),)))

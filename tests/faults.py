@@ -6,7 +6,8 @@
 import torch
 
 from bert_evaluation import graph as graphs
-from bert_evaluation.transformation import Bitwise, Reassociates, Site, Transformation
+from bert_evaluation.promise import Bitwise, Reassociates
+from bert_evaluation.transformation import Site, Transformation
 from bert_evaluation.transformations import MergeLinears
 from bert_evaluation.transformations.linear import tensor_of, weight_and_bias, why_not_ours
 

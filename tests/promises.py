@@ -3,6 +3,7 @@
 import torch
 
 from bert_evaluation import graph as graphs
+from bert_evaluation import hashes
 from bert_evaluation.transformation import ReversibleTransformation, history
 from bert_evaluation.verification import check
 
@@ -18,17 +19,17 @@ def same(one, other):
 def applied_and_kept(transformation, base, reference):
     """Apply it to a fork of `base`: it keeps its promise to the reference's model, and touches neither of the two."""
     model, graph = reference.model, graphs.fork(base)
-    hash_before, of_model = graphs.graph_hash(base), parameters(model)
+    hash_before, of_model = hashes.graph_hash(base), parameters(model)
 
     transformation(graph)
 
     applied, refused = transformation.report.applied, transformation.report.refused
     assert all(refusal.reason.endswith(".") for refusal in refused)
-    assert (graphs.graph_hash(graph) != hash_before) == bool(applied)
+    assert (hashes.graph_hash(graph) != hash_before) == bool(applied)
     verdict = check(reference, graph)
     assert verdict.kept, verdict
     assert same(of_model, parameters(model))
-    assert graphs.graph_hash(base) == hash_before
+    assert hashes.graph_hash(base) == hash_before
     return graph
 
 
@@ -36,6 +37,6 @@ def undone(transformation, graph, base):
     """Undo it: nodes, parameters and history are those of `base`."""
     assert isinstance(transformation, ReversibleTransformation)
     transformation(graph, reverse=True)
-    assert graphs.graph_hash(graph) == graphs.graph_hash(base)
+    assert hashes.graph_hash(graph) == hashes.graph_hash(base)
     assert same(parameters(base), parameters(graph))
     assert history(graph) == history(base)

@@ -17,7 +17,7 @@ from bert_evaluation.blame import WHOLE, SaveAndRead, guilty, verify_steps
 from bert_evaluation.cli.verify import verify
 from bert_evaluation.errors import BertEvaluationError, UsageError
 from bert_evaluation.probes import TextProbes, text_probes
-from bert_evaluation.transformation import Approximates, Bitwise
+from bert_evaluation.promise import Approximates, Bitwise
 from bert_evaluation.transformations import (
     ORIGINAL,
     PRESETS,

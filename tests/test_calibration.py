@@ -9,7 +9,7 @@ from families import tiny
 from family_tokenizers import checkpoint, left_padded
 from torch import nn
 
-from bert_evaluation import capture, load
+from bert_evaluation import capture, hashes, load
 from bert_evaluation import graph as graphs
 from bert_evaluation.calibration import (
     QUESTIONS,
@@ -76,9 +76,9 @@ def test_a_model_that_no_checkpoint_is_of_has_none(bert_graph, base, tmp_path):
     with pytest.raises(CalibrationError, match="no checkpoint"):
         calibration_of(read(tmp_path / "graph.pt2"))
     prune = PruneHeads(budget=0.5)
-    before = graphs.graph_hash(bert_graph)
+    before = hashes.graph_hash(bert_graph)
     graph = prune(graphs.fork(bert_graph))
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
     assert prune.report.found == 8
     assert {refusal.reason for refusal in prune.report.refused} == {
         "There is no text to calibrate with: the graph is of no checkpoint; give it inputs with calibrate."
@@ -178,10 +178,10 @@ def test_who_scores_what_was_calibrated_on_is_told(small, tmp_path, dataset, tol
 
 def test_the_same_in_every_process(small):
     program = (
-        "import sys; from bert_evaluation import capture, compose, graph, load\n"
+        "import sys; from bert_evaluation import capture, compose, graph, hashes, load\n"
         "from bert_evaluation.transformations import PruneFeedForward, PruneHeads\n"
         "made = compose(PruneHeads(budget=0.5), PruneFeedForward(budget=0.5))(capture(load(sys.argv[1])[0]))\n"
-        "print(graph.graph_hash(made), graph.constants_hash(made), len(graph.read_names(made)))"
+        "print(hashes.graph_hash(made), hashes.constants_hash(made), len(graph.read_names(made)))"
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(small)]
     one, other = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from bert_evaluation import capture, compose
+from bert_evaluation import capture, compose, hashes
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import example_inputs, read, save, text_inputs
 from bert_evaluation.errors import CaptureError
@@ -103,7 +103,7 @@ def test_says_what_cannot_be_read(tmp_path):
 def test_graphs_without_parameters_of_their_own_cost_no_memory(bert, bert_graph):
     twin = graphs.fork(bert_graph)
     assert all(a is b for a, b in zip(twin.parameters(), bert_graph.parameters(), strict=True))
-    assert graphs.graph_hash(twin) == graphs.graph_hash(bert_graph) == graphs.graph_hash(capture(bert))
+    assert hashes.graph_hash(twin) == hashes.graph_hash(bert_graph) == hashes.graph_hash(capture(bert))
 
 
 def test_a_graph_is_read_in_a_process_that_has_seen_no_model(bert_graph, tmp_path):

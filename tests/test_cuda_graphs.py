@@ -13,14 +13,15 @@ import transformers
 from families import FAMILIES, SIZES, tiny
 from torch import nn
 
-from bert_evaluation import capture, compiled, compose, cuda_graphs, measure
+from bert_evaluation import capture, compiled, compose, cuda_graphs, hashes, measure
 from bert_evaluation import graph as graphs
 from bert_evaluation.buckets import paddable
 from bert_evaluation.capturing import CHECKPOINT, longest_input, read, save, text_inputs
 from bert_evaluation.cuda_graphs import Replayed
 from bert_evaluation.errors import TransformationError
+from bert_evaluation.promise import Reassociates
 from bert_evaluation.signature import BATCH, MASK, Signature
-from bert_evaluation.transformation import Reassociates, history, promise_of
+from bert_evaluation.transformation import history, promise_of
 from bert_evaluation.transformations import (
     PRESETS,
     REGISTRY,
@@ -326,7 +327,7 @@ def test_the_promise_is_kept_where_a_row_has_one_result(kind):
 
 @pytest.mark.usefixtures("made_up")
 def test_the_transformation_is_as_without_them(tmp_path, bert, bert_graph):
-    before = graphs.graph_hash(bert_graph)
+    before = hashes.graph_hash(bert_graph)
     step = Compile(cuda_graphs=True)
     graph = step(graphs.fork(bert_graph))
     call, inputs = graphs.stand_in(graph), inputs_of(bert, 2, 9)
@@ -342,7 +343,7 @@ def test_the_transformation_is_as_without_them(tmp_path, bert, bert_graph):
     assert distance(bert_graph(**inputs), read(tmp_path / "graph.pt2")(**inputs)) < 1e-5
     step(graph, reverse=True)
     assert graphs.stand_in(graph) is None
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
 
 
 @pytest.mark.usefixtures("made_up")
@@ -466,7 +467,7 @@ def test_on_cuda_the_promise_is_kept_and_the_graph_can_be_saved_and_given_back(t
     assert distance(plain(**inputs), read(tmp_path / "graph.pt2")(**inputs)) < 1e-3
     restored = Compile(cuda_graphs=True)(graphs.fork(replaying), reverse=True)
     assert graphs.stand_in(restored) is None
-    assert graphs.graph_hash(restored) == graphs.graph_hash(plain)
+    assert hashes.graph_hash(restored) == hashes.graph_hash(plain)
 
 
 @needs_cuda

@@ -22,7 +22,8 @@ from bert_evaluation import graph as graphs
 from bert_evaluation.cli.diff import diff
 from bert_evaluation.errors import UsageError
 from bert_evaluation.listing import listing, step_diffs
-from bert_evaluation.transformation import Bitwise, Reassociates, ReversibleTransformation, Site
+from bert_evaluation.promise import Bitwise, Reassociates
+from bert_evaluation.transformation import ReversibleTransformation, Site
 from bert_evaluation.transformations import (
     ORIGINAL,
     DeepCopy,

@@ -8,8 +8,9 @@ from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import longest_input
 from bert_evaluation.errors import UsageError
 from bert_evaluation.probes import TextProbes, text_probes
+from bert_evaluation.promise import Approximates, Bitwise, Reassociates
 from bert_evaluation.squad.dataset import Dataset, Example
-from bert_evaluation.transformation import Approximates, Bitwise, Reassociates, Site, Transformation
+from bert_evaluation.transformation import Site, Transformation
 from bert_evaluation.transformations import MergeLinears, RemoveDropout
 from bert_evaluation.verification import Probe, default_probes, observe
 

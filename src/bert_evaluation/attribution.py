@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bert_evaluation import graph as graphs
+from bert_evaluation import hashes
 from bert_evaluation.graph import GraphModule
 from bert_evaluation.recipe import Recipe, compose
 from bert_evaluation.rows import Effect, Way
@@ -92,7 +93,7 @@ class Parts:
 
 
 def _identity(graph: GraphModule) -> tuple[str, str]:
-    return graphs.graph_hash(graph), graphs.constants_hash(graph)
+    return hashes.graph_hash(graph), hashes.constants_hash(graph)
 
 
 def verdict(effect: Effect) -> str:

@@ -13,17 +13,9 @@ from bert_evaluation import onednn
 from bert_evaluation.capturing import capture, read, save
 from bert_evaluation.graph import GraphModule
 from bert_evaluation.probes import Probe
+from bert_evaluation.promise import Approximates, Bitwise, Promise
 from bert_evaluation.recipe import Recipe, compose
-from bert_evaluation.transformation import (
-    Approximates,
-    Bitwise,
-    Promise,
-    Report,
-    ReversibleTransformation,
-    Site,
-    Transformation,
-    promise_of,
-)
+from bert_evaluation.transformation import Report, ReversibleTransformation, Site, Transformation, promise_of
 from bert_evaluation.verification import (
     FAILURES,
     OUTPUT,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from bert_evaluation.comparability import Obstacle, notes, obstacles, same_batches
+from bert_evaluation.promise import Approximates
 from bert_evaluation.quality import difference
 from bert_evaluation.rows import BASE, Row
 from bert_evaluation.squad.scores import Column, Judged
@@ -26,7 +27,6 @@ from bert_evaluation.stats import (
 )
 from bert_evaluation.store import AnswerRecord
 from bert_evaluation.stored import Stored, StoredEvaluation
-from bert_evaluation.transformation import Approximates
 
 
 @dataclass(frozen=True)

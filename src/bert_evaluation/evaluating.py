@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from bert_evaluation import graph as graphs
+from bert_evaluation import hashes
 from bert_evaluation.answering import Reader
 from bert_evaluation.calibration import calibration_of
 from bert_evaluation.checkpoints import tokenizer_hash
 from bert_evaluation.device import DECISIVE
 from bert_evaluation.evaluation import CHUNK, Evaluation, evaluate_together, measured
 from bert_evaluation.graph import GraphModule
+from bert_evaluation.promise import Approximates
 from bert_evaluation.quality import alarm, calibrated_on, f1_difference, quality
 from bert_evaluation.rows import BASE, Row
 from bert_evaluation.squad.batches import Batching
@@ -20,7 +21,7 @@ from bert_evaluation.stages import Run, Variants
 from bert_evaluation.stats import Difference, Ratio
 from bert_evaluation.store import AnswerRecord, EvaluationKey
 from bert_evaluation.streams import default_streams
-from bert_evaluation.transformation import Approximates, history
+from bert_evaluation.transformation import history
 
 
 def evaluate(run: Run, rows: tuple[Row, ...], variants: Variants, data: Dataset) -> tuple[Row, ...]:
@@ -108,7 +109,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _key(graph: GraphModule, data: Dataset, settings: Mapping[str, Any]) -> EvaluationKey:
-    return EvaluationKey(graphs.graph_hash(graph), graphs.constants_hash(graph), data.content_hash, settings)
+    return EvaluationKey(hashes.graph_hash(graph), hashes.constants_hash(graph), data.content_hash, settings)
 
 
 def _answer_records(found: Evaluation) -> Iterator[AnswerRecord]:

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from bert_evaluation import conditions, stages
-from bert_evaluation import graph as graphs
+from bert_evaluation import conditions, hashes, stages
 from bert_evaluation.capturing import longest_input
 from bert_evaluation.checkpoints import load, load_dataset
 from bert_evaluation.device import choose_device, machine
@@ -44,7 +43,7 @@ def run(
         experiment=experiment,
         machine=machine(device),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights_hash=graphs.weights_hash(model),
+        weights_hash=hashes.weights_hash(model),
         dataset=data.name if data else None,
         samples=len(data) if data else None,
         rows=(),

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 
 from bert_evaluation.evaluation import Evaluation
+from bert_evaluation.promise import Approximates
 from bert_evaluation.rows import Change, Quality
 from bert_evaluation.squad.scores import Column
 from bert_evaluation.stats import Difference, against_margin, mcnemar, paired_difference
-from bert_evaluation.transformation import Approximates
 from bert_evaluation.verification import Verification
 
 

@@ -9,14 +9,8 @@ from typing import Any
 from bert_evaluation import graph as graphs
 from bert_evaluation.errors import UsageError
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import (
-    Promise,
-    Report,
-    ReversibleTransformation,
-    Transformation,
-    unchanged_on_error,
-    weakest,
-)
+from bert_evaluation.promise import Promise, weakest
+from bert_evaluation.transformation import Report, ReversibleTransformation, Transformation, unchanged_on_error
 
 
 class Recipe(Transformation):

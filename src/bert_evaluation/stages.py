@@ -10,8 +10,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from bert_evaluation import attribution, compiled
-from bert_evaluation import graph as graphs
+from bert_evaluation import attribution, compiled, hashes
 from bert_evaluation.answering import answer, model_inputs
 from bert_evaluation.capturing import capture, longest_input, text_inputs
 from bert_evaluation.device import DECISIVE
@@ -168,7 +167,7 @@ def map_regime(run: Run, rows: tuple[Row, ...], variants: Variants) -> tuple[Row
     if grid is None or len(made) < 2:
         return rows
     plan = Plan(experiment.precision, experiment.time_limit, experiment.rounds)
-    facts = {name: [graphs.graph_hash(graph), graphs.constants_hash(graph)] for name, graph in made.items()}
+    facts = {name: [hashes.graph_hash(graph), hashes.constants_hash(graph)] for name, graph in made.items()}
     decisive = {name: run.outcome.machine[name] for name in DECISIVE if name != "threads"}
 
     def stored(shape: Shape, find: Callable[[], Cells]) -> Cells:

@@ -7,54 +7,19 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from bert_evaluation import graph as graphs
+from bert_evaluation import hashes
 from bert_evaluation.errors import TransformationError
 from bert_evaluation.graph import GraphModule, Node
+from bert_evaluation.promise import Approximates, Promise, Reassociates, weakest
 
 HISTORY = "bert_evaluation.history"  # key in GraphModule.meta: a tuple of Applied
 MARKS = "bert_evaluation.transformed_by"  # key in Node.meta: a frozenset of signatures
-
-
-@dataclass(frozen=True)
-class Promise:
-    """What a transformation claims about the outputs; `kind` is its word, a higher `rank` claims less.
-
-    `where` names an input such as `attention_mask`: nothing is claimed about positions where that is 0.
-    """
-
-    kind: ClassVar[str]
-    rank: ClassVar[int]
-    where: str | None = None
-
-
-class Bitwise(Promise):
-    """Every output keeps every bit."""
-
-    kind, rank = "bitwise", 0
-
-
-class Reassociates(Promise):
-    """The same function over the real numbers; only rounding differs."""
-
-    kind, rank = "reassociates", 1
-
-
-class Approximates(Promise):
-    """Another function: its quality has to be measured."""
-
-    kind, rank = "approximates", 2
-
-
-def weakest(promises: Iterable[Promise]) -> Promise:
-    """The promise that holds where all of these do; `Bitwise` of none."""
-    all_of_them = tuple(promises)
-    where = next((promise.where for promise in all_of_them if promise.where is not None), None)
-    return replace(max(all_of_them, key=lambda promise: promise.rank, default=Bitwise()), where=where)
 
 
 @dataclass(frozen=True)
@@ -186,11 +151,11 @@ class Transformation:
         self._report, self._memos = None, ()
         if graphs.stand_in(graph_module) is not None:
             raise TransformationError(f"{self.name} cannot act on a compiled graph; Compile has to be the last step.")
-        hash_before, before = graphs.graph_hash(graph_module), copy.deepcopy(graph_module.graph)
+        hash_before, before = hashes.graph_hash(graph_module), copy.deepcopy(graph_module.graph)
         read, shared = graphs.read_names(graph_module), graphs.shared_outputs(graph_module)
         with unchanged_on_error(graph_module):
             graph_module = self.transform(graph_module)
-            report = self._report or self._whole_graph_report(graphs.graph_hash(graph_module) != hash_before)
+            report = self._report or self._whole_graph_report(hashes.graph_hash(graph_module) != hash_before)
             if report.applied:
                 graph_module.graph.eliminate_dead_code()
                 graphs.drop(graph_module, read - graphs.read_names(graph_module))
@@ -205,7 +170,7 @@ class Transformation:
                 report,
                 self._memos,
                 before if report.applied else None,
-                graphs.graph_hash(graph_module),
+                hashes.graph_hash(graph_module),
             )
             graph_module.meta[HISTORY] = (*history(graph_module), step)
         self._report = report
@@ -315,7 +280,7 @@ def _undo(graph: GraphModule, step: Applied) -> None:
     if step.before is not None:
         if not isinstance(transformation, ReversibleTransformation):
             raise TransformationError(f"{transformation!r} was applied and cannot be undone; capture the model again.")
-        if graphs.graph_hash(graph) != step.hash_after:
+        if hashes.graph_hash(graph) != step.hash_after:
             raise TransformationError(f"The graph was edited after {transformation!r}; undo those edits first.")
         read = graphs.read_names(graph)
         for memo in reversed(step.memos):

@@ -12,10 +12,12 @@ from torch import Tensor, fx, nn
 from bert_evaluation import graph as graphs
 from bert_evaluation import kernels, onednn, varlen
 from bert_evaluation.capturing import capture, eval_mode
+from bert_evaluation.distances import distance, ulp
 from bert_evaluation.errors import UsageError
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.probes import Probe, default_probes, text_probes
-from bert_evaluation.transformation import Approximates, Bitwise, Promise, promise_of
+from bert_evaluation.promise import Approximates, Bitwise, Promise
+from bert_evaluation.transformation import promise_of
 
 __all__ = [
     "SLACK",
@@ -150,11 +152,11 @@ def judge(reference: Reference, found: Sequence[list[Tensor]], promise: Promise)
     """Hold what a graph returned for the reference's probes against a promise."""
     pairs, allowed = list(zip(reference.outputs, found, strict=True)), reference.tolerances
     marks = [_marks(probe.inputs, promise) for probe in reference.probes]
-    distances = [_distance(*pair, each) for pair, each in zip(pairs, marks, strict=True)]
+    distances = [distance(*pair, each) for pair, each in zip(pairs, marks, strict=True)]
     if isinstance(promise, Bitwise):
         errors, allowed = distances, (0.0,) * len(pairs)
     else:
-        errors = [_distance(*each) for each in zip(reference.exact, found, marks, strict=True)]
+        errors = [distance(*each) for each in zip(reference.exact, found, marks, strict=True)]
     if isinstance(promise, Approximates):
         allowed = (torch.finfo(torch.float64).max,) * len(pairs)
     else:
@@ -165,7 +167,7 @@ def judge(reference: Reference, found: Sequence[list[Tensor]], promise: Promise)
         promise=promise.kind,
         verdict="kept" if failing is None else "broken",
         max_abs_error=max(distances),
-        max_ulp=max(_ulp(*pair, each) for pair, each in zip(pairs, marks, strict=True)),
+        max_ulp=max(ulp(*pair, each) for pair, each in zip(pairs, marks, strict=True)),
         error=errors[worst],
         tolerance=allowed[worst],
         probes=len(reference.probes),
@@ -184,7 +186,7 @@ def tolerances(exact: Iterable[Sequence[Tensor]], outputs: Iterable[Sequence[Ten
 
 def _tolerance(exact: Sequence[Tensor], output: Sequence[Tensor]) -> float:
     units = [torch.finfo(leaf.dtype).eps * _largest(leaf) for leaf in output if leaf.is_floating_point()]
-    return SLACK * max(_distance(exact, output), *units, 0.0)
+    return SLACK * max(distance(exact, output), *units, 0.0)
 
 
 def _doubled(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -218,43 +220,6 @@ def _types(expected: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
 def _marks(inputs: Mapping[str, Tensor], promise: Promise) -> Tensor | None:
     """The positions (batch, length) that a promise is about; None where it is about all."""
     return None if promise.where is None else inputs[promise.where].bool()
-
-
-def _marked(tensor: Tensor, marks: Tensor | None) -> Tensor:
-    """What a tensor (batch, length, ...) has at the marked positions, and one (batch, ...) in rows with such."""
-    if marks is None or tensor.shape[:1] != marks.shape[:1]:
-        return tensor
-    return tensor[marks if tensor.shape[:2] == marks.shape else marks.any(dim=1)]
-
-
-def _distance(expected: Sequence[Tensor], got: Sequence[Tensor], marks: Tensor | None = None) -> float:
-    """The largest absolute difference; infinite where shapes, or what is not finite, differ."""
-    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in got]:
-        return math.inf
-    worst = 0.0
-    for one, other in zip(expected, got, strict=True):
-        a, b = _marked(one.detach().double(), marks), _marked(other.detach().double(), marks)
-        odd = ~(a.isfinite() & b.isfinite())
-        if not torch.equal(a[odd].nan_to_num(1.0, 2.0, 3.0), b[odd].nan_to_num(1.0, 2.0, 3.0)):
-            return math.inf
-        if not bool(odd.all()):
-            worst = max(worst, float((a - b)[~odd].abs().max()))
-    return worst
-
-
-def _ulp(expected: Sequence[Tensor], got: Sequence[Tensor], marks: Tensor | None = None) -> float:
-    """The largest difference in units of the last place of the expected value."""
-    if len(expected) != len(got):
-        return math.inf
-    worst = 0.0
-    for whole, result in zip(expected, got, strict=True):
-        one, other = _marked(whole, marks), _marked(result, marks)
-        if one.is_floating_point() and one.shape == other.shape and one.numel():
-            size = one.abs()
-            unit = torch.nextafter(size, torch.full_like(size, torch.inf)) - size
-            steps = ((one.double() - other).abs() / unit)[one.isfinite() & other.isfinite()]
-            worst = max(worst, float(steps.max()) if steps.numel() else 0.0)
-    return worst
 
 
 class _Recorder(fx.Interpreter):
@@ -311,10 +276,10 @@ def _part(
     values: list[Tensor], others: list[Tensor], exact: list[Tensor], promise: Promise, marks: Tensor | None
 ) -> bool:
     if isinstance(promise, Bitwise):
-        return _distance(values, others, marks) > 0
+        return distance(values, others, marks) > 0
     if isinstance(promise, Approximates):
-        return math.isinf(_distance(values, others, marks))
-    return not _distance(exact, others, marks) <= _tolerance(exact, values)
+        return math.isinf(distance(values, others, marks))
+    return not distance(exact, others, marks) <= _tolerance(exact, values)
 
 
 def _padded(tensor: Tensor, like: Tensor, marks: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bert_evaluation import capture, compose, measure, verify
+from bert_evaluation import capture, compose, hashes, measure, verify
 from bert_evaluation import graph as graphs
 from bert_evaluation.errors import BertEvaluationError
 from bert_evaluation.transformations import (
@@ -63,7 +63,7 @@ def captured(module, *shape):
 
 
 def applied(transformation, graph, number):
-    before = graphs.graph_hash(graph), {name: tensor.clone() for name, tensor in graphs.tensors(graph).items()}
+    before = hashes.graph_hash(graph), {name: tensor.clone() for name, tensor in graphs.tensors(graph).items()}
     result = transformation(graph)
     assert len(transformation.report.applied) == number, transformation.report
     return result, before
@@ -72,7 +72,7 @@ def applied(transformation, graph, number):
 def restored(transformation, graph, before):
     transformation(graph, reverse=True)
     held = graphs.tensors(graph)
-    assert graphs.graph_hash(graph) == before[0]
+    assert hashes.graph_hash(graph) == before[0]
     assert held.keys() == before[1].keys()
     assert all(torch.equal(held[name], tensor) for name, tensor in before[1].items())
 
@@ -215,11 +215,11 @@ def test_export_leaves_dropout_in(bert_graph):
 
 PRINT_SIGNATURES = """
 from bert_evaluation.transformations import REGISTRY, compose
-from bert_evaluation import capture, graph
+from bert_evaluation import capture, hashes
 from families import tiny
 made = [kind() for kind in REGISTRY]
 print(*(each.signature for each in made), compose(*made).signature)
-print(graph.graph_hash(compose(*made)(capture(tiny("bert")))))
+print(hashes.graph_hash(compose(*made)(capture(tiny("bert")))))
 """
 
 
@@ -234,7 +234,7 @@ def test_signatures_and_hashes_are_the_same_in_every_process():
     assert one[: len(REGISTRY)] == [kind().signature for kind in REGISTRY]
     assert len(set(one)) == len(one) == len(REGISTRY) + 2
     made = compose(*(kind() for kind in REGISTRY))
-    assert graphs.graph_hash(made(capture(tiny("bert")))) == one[-1]
+    assert hashes.graph_hash(made(capture(tiny("bert")))) == one[-1]
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bert_evaluation import capture, compose, verify
+from bert_evaluation import capture, compose, hashes, verify
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import dynamic_dimensions, read, save, text_inputs
 from bert_evaluation.listing import listing, step_diffs
-from bert_evaluation.transformation import Bitwise, history
+from bert_evaluation.promise import Bitwise
+from bert_evaluation.transformation import history
 from bert_evaluation.transformations import (
     ORIGINAL,
     REGISTRY,
@@ -86,13 +87,13 @@ def hold(subject, kind, expected):
     """Counts, promise, isolation, dynamic sizes, and the exact way back."""
     family, model, base, reference = subject
     transformation, graph = kind(), graphs.fork(base)
-    hash_before, of_base, of_model = graphs.graph_hash(base), parameters(base), parameters(model)
+    hash_before, of_base, of_model = hashes.graph_hash(base), parameters(base), parameters(model)
     transformation(graph)
     if expected is not None:
         assert applied_of_found(transformation) == expected[kind][family]
     applied = transformation.report.applied
     assert all(refusal.reason.endswith(".") for refusal in transformation.report.refused)
-    assert (graphs.graph_hash(graph) != hash_before) == bool(applied)
+    assert (hashes.graph_hash(graph) != hash_before) == bool(applied)
     assert bool(transformation.get_transformed_nodes(graph)) == bool(applied)
     verdict = check(reference, graph)
     assert verdict.kept, verdict
@@ -101,9 +102,9 @@ def hold(subject, kind, expected):
     assert all("val" in node.meta for node in transformation.get_transformed_nodes(graph))
     assert dynamic_dimensions(graph) == dynamic_dimensions(base)
     assert same(parameters(model), of_model)
-    assert graphs.graph_hash(base) == hash_before
+    assert hashes.graph_hash(base) == hash_before
     transformation(graph, reverse=True)
-    assert graphs.graph_hash(graph) == hash_before
+    assert hashes.graph_hash(graph) == hash_before
     assert same(parameters(graph), of_base)
     assert history(graph) == ()
     return len(applied)
@@ -127,7 +128,7 @@ def test_all_of_them_after_the_original_ones(eager):
     assert check(reference, graph).kept
     assert (count(graph, SDPA), count(graph, aten.softmax.int)) == (2, 0)
     back = recipe(graph, reverse=True)
-    assert graphs.graph_hash(back) == graphs.graph_hash(base)
+    assert hashes.graph_hash(back) == hashes.graph_hash(base)
     assert same(parameters(back), parameters(base))
 
 
@@ -158,15 +159,15 @@ def test_listings_and_diffs_say_who_made_what(eager):
 
 def test_hashes_are_the_same_in_every_process():
     program = (
-        "from families import tiny; from bert_evaluation import capture, compose, graph;"
+        "from families import tiny; from bert_evaluation import capture, compose, hashes;"
         "from bert_evaluation.transformations import *;"
         "recipe = compose(FuseAttention(), EliminateCommonSubexpressions(), HoistMask(), FoldAttentionScale());"
-        "print(graph.graph_hash(recipe(capture(tiny('mpnet', num_hidden_layers=1)))))"
+        "print(hashes.graph_hash(recipe(capture(tiny('mpnet', num_hidden_layers=1)))))"
     )
     code = [sys.executable, "-W", "ignore", "-c", program]
     run = subprocess.run(code, env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
     recipe = compose(FuseAttention(), EliminateCommonSubexpressions(), HoistMask(), FoldAttentionScale())
-    assert run.stdout.split()[-1] == graphs.graph_hash(recipe(capture(tiny("mpnet", num_hidden_layers=1))))
+    assert run.stdout.split()[-1] == hashes.graph_hash(recipe(capture(tiny("mpnet", num_hidden_layers=1))))
 
 
 def test_they_are_registered_and_not_among_the_original_recipes():
@@ -263,7 +264,7 @@ def test_every_written_form(form):
     probes = probe_inputs()
     assert verify(module, graph, probes).kept, verify(module, graph, probes)
     transformation(graph, reverse=True)
-    assert graphs.graph_hash(graph) == graphs.graph_hash(base)
+    assert hashes.graph_hash(graph) == hashes.graph_hash(base)
     assert same(parameters(graph), parameters(base))
 
 
@@ -313,7 +314,7 @@ def test_must_not_fire_and_says_why(form):
     (refusal,) = transformation.report.refused
     assert reason in refusal.reason
     assert refusal.reason.endswith(".")
-    assert graphs.graph_hash(graph) == graphs.graph_hash(base)
+    assert hashes.graph_hash(graph) == hashes.graph_hash(base)
 
 
 def test_a_softmax_that_nothing_multiplies_is_no_site():
@@ -490,7 +491,7 @@ def test_a_mask_that_differs_from_query_to_query_is_only_made_additive():
 def test_masks_that_stay(mask, reason):
     _, base, transformation, graph = hoisted(mask)
     assert reason in transformation.report.refused[0].reason
-    assert graphs.graph_hash(graph) == graphs.graph_hash(base)
+    assert hashes.graph_hash(graph) == hashes.graph_hash(base)
 
 
 def test_only_what_is_true_everywhere_is_taken_out_of_a_mask():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import tiny
 
-from bert_evaluation import aot_inductor, capture, compose, measure
+from bert_evaluation import aot_inductor, capture, compose, hashes, measure
 from bert_evaluation import compiled as compiled_graphs
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import read, save, text_inputs
@@ -122,8 +122,8 @@ def test_what_does_not_fit_is_an_error_and_never_read(bert, compiled):
 
 
 def test_all_that_reads_nodes_finds_them(bert, compiled, plain):
-    assert graphs.graph_hash(compiled) != graphs.graph_hash(plain)
-    assert graphs.constants_hash(compiled) == graphs.constants_hash(plain)
+    assert hashes.graph_hash(compiled) != hashes.graph_hash(plain)
+    assert hashes.constants_hash(compiled) == hashes.constants_hash(plain)
     inputs = inputs_of(bert, 2, 16)
     assert memory(compiled, inputs) == memory(plain, inputs)
     assert promise_of(compiled) == Compile.promise
@@ -144,7 +144,7 @@ def test_it_is_not_saved(tmp_path, bert, compiled, plain):
 def test_forks_share_what_was_compiled(bert_graph, compiled):
     fork = graphs.fork(compiled)
     assert graphs.stand_in(fork) is graphs.stand_in(compiled)
-    assert graphs.graph_hash(fork) == graphs.graph_hash(compiled)
+    assert hashes.graph_hash(fork) == hashes.graph_hash(compiled)
     assert graphs.stand_in(DeepCopy()(compiled)) is graphs.stand_in(compiled)
     assert graphs.stand_in(copy.deepcopy(Compile()(graphs.fork(bert_graph)))) is None
     assert graphs.stand_in(in_double(compiled)) is None
@@ -152,18 +152,18 @@ def test_forks_share_what_was_compiled(bert_graph, compiled):
 
 def test_it_is_the_last_step(compiled):
     graph = graphs.fork(compiled)
-    before = graphs.graph_hash(graph), history(graph)
+    before = hashes.graph_hash(graph), history(graph)
     for step in (RemoveDropout(), Compile()):
         with pytest.raises(TransformationError, match="Compile has to be the last step"):
             step(graph)
-        assert (graphs.graph_hash(graph), history(graph)) == before
+        assert (hashes.graph_hash(graph), history(graph)) == before
         assert graphs.stand_in(graph) is graphs.stand_in(compiled)
 
 
 def test_undo_gives_the_graph_back(bert, compiled, plain):
     graph = Compile()(graphs.fork(compiled), reverse=True)
     assert graphs.stand_in(graph) is None
-    assert graphs.graph_hash(graph) == graphs.graph_hash(plain)
+    assert hashes.graph_hash(graph) == hashes.graph_hash(plain)
     inputs = inputs_of(bert, 2, 9)
     assert distance(graph(**inputs), plain(**inputs)) == 0
     # A step in front of it: both are undone, and it is applied again.

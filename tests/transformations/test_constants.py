@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES, tiny
 from torch import nn
 
-from bert_evaluation import capture, compose, verify
+from bert_evaluation import capture, compose, hashes, verify
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import dynamic_dimensions, read, save, text_inputs
 from bert_evaluation.probes import Probe
@@ -39,7 +39,7 @@ def subject(request):
 
 
 def bits(graph):
-    return graphs.graph_hash(graph), graphs.constants_hash(graph), sorted(graphs.tensors(graph))
+    return hashes.graph_hash(graph), hashes.constants_hash(graph), sorted(graphs.tensors(graph))
 
 
 def run(graph, inputs):
@@ -55,7 +55,7 @@ def equal(one, other):
 def test_fires_keeps_every_bit_and_is_undone_exactly(subject, kind):
     family, model, base, reference = subject
     transformation, graph = kind(), graphs.fork(base)
-    before, of_model = bits(base), graphs.weights_hash(model)
+    before, of_model = bits(base), hashes.weights_hash(model)
 
     transformation(graph)
 
@@ -71,7 +71,7 @@ def test_fires_keeps_every_bit_and_is_undone_exactly(subject, kind):
     assert check(reference, graph).kept
     assert dynamic_dimensions(graph) == dynamic_dimensions(base)
     assert bits(base) == before
-    assert graphs.weights_hash(model) == of_model
+    assert hashes.weights_hash(model) == of_model
 
     again = kind()
     again(graphs.fork(graph))
@@ -100,14 +100,14 @@ from bert_evaluation import capture, compose
 from bert_evaluation import graph as graphs
 from bert_evaluation.transformations import EliminateCommonSubexpressions, FoldConstants
 for family in ("deberta-v2", "modernbert"):
-    print(graphs.graph_hash(compose(FoldConstants(), EliminateCommonSubexpressions())(capture(tiny(family)))))
+    print(hashes.graph_hash(compose(FoldConstants(), EliminateCommonSubexpressions())(capture(tiny(family)))))
 """
 
 
 def test_the_hash_is_the_same_in_another_process():
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", HASHES], capture_output=True, text=True, check=True)
     here = [
-        graphs.graph_hash(compose(FoldConstants(), EliminateCommonSubexpressions())(capture(tiny(family))))
+        hashes.graph_hash(compose(FoldConstants(), EliminateCommonSubexpressions())(capture(tiny(family))))
         for family in ("deberta-v2", "modernbert")
     ]
     assert found.stdout.split() == here

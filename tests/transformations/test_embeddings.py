@@ -6,13 +6,14 @@ from families import FAMILIES, tiny
 from promises import applied_and_kept, undone
 from torch import nn
 
-from bert_evaluation import capture, compose, verify
+from bert_evaluation import capture, compose, hashes, verify
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import read, save, text_inputs
 from bert_evaluation.memory import memory
 from bert_evaluation.probes import text_probes
+from bert_evaluation.promise import Approximates
 from bert_evaluation.stages import MEMORY_SHAPE
-from bert_evaluation.transformation import Approximates, promise_of
+from bert_evaluation.transformation import promise_of
 from bert_evaluation.transformations import (
     PRESETS,
     REGISTRY,
@@ -121,10 +122,10 @@ def set_to(number):
 )
 def test_refuses_what_it_cannot_cast(graph, reason):
     graph, cast = graph(), CastEmbeddings()
-    before = graphs.graph_hash(graph)
+    before = hashes.graph_hash(graph)
     cast(graph)
     assert [refusal.reason for refusal in cast.report.refused] == [reason]
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
 
 
 @pytest.mark.parametrize("number", [65504.0, -65504.0, 0.0, 2.0**-25, 3e-8])
@@ -148,11 +149,11 @@ def test_a_table_that_is_looked_up_twice_is_stored_once():
 
 def test_casting_twice_is_once(bert_graph):
     graph = CastEmbeddings()(graphs.fork(bert_graph))
-    before, again = graphs.graph_hash(graph), CastEmbeddings()
+    before, again = hashes.graph_hash(graph), CastEmbeddings()
     again(graph)
     assert not again.report.applied
     assert all(refusal.reason.endswith("is in torch.float16, not in float32.") for refusal in again.report.refused)
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
 
 
 @pytest.mark.parametrize("kind", [CastToBFloat16, CastToFloat16, QuantizeLinears, RemovePadding, FoldConstants])
@@ -167,7 +168,7 @@ def test_beside_other_steps_in_either_order(kind, bert, bert_graph):
         assert check(observe(bert, text_probes(bert, 31)), graph).kept
         with torch.inference_mode():
             results.append(graph(**inputs)["end_logits"])
-        assert graphs.graph_hash(recipe(graph, reverse=True)) == graphs.graph_hash(bert_graph)
+        assert hashes.graph_hash(recipe(graph, reverse=True)) == hashes.graph_hash(bert_graph)
     assert torch.equal(*results)
 
 

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from bert_evaluation import capture, compose, float8
+from bert_evaluation import capture, compose, float8, hashes
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import text_inputs
 from bert_evaluation.memory import memory
-from bert_evaluation.transformation import Approximates, promise_of
+from bert_evaluation.promise import Approximates
+from bert_evaluation.transformation import promise_of
 from bert_evaluation.transformations import (
     CastToBFloat16,
     CastToFloat16,
@@ -43,7 +44,7 @@ def subject(request):
 
 def test_every_family(subject):
     family, model, base = subject
-    before, hash_before, constants = dict(base.named_parameters()), graphs.graph_hash(base), graphs.constants_hash(base)
+    before, hash_before, constants = dict(base.named_parameters()), hashes.graph_hash(base), hashes.constants_hash(base)
     quantize = QuantizeToFloat8(anyway=True)
     graph = quantize(graphs.fork(base))
 
@@ -63,8 +64,8 @@ def test_every_family(subject):
         assert not torch.equal(found, expected)
 
     back = quantize(graph, reverse=True)
-    assert graphs.graph_hash(back) == hash_before
-    assert graphs.constants_hash(back) == constants
+    assert hashes.graph_hash(back) == hash_before
+    assert hashes.constants_hash(back) == constants
     restored = dict(back.named_parameters())
     assert restored.keys() == before.keys()
     assert all(restored[name] is before[name] for name in before)  # not even copies

@@ -8,7 +8,7 @@ from families import FAMILIES, tiny
 from torch import nn
 from torch.nn import functional as F
 
-from bert_evaluation import capture, compose, onednn
+from bert_evaluation import capture, compose, hashes, onednn
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import read, save, text_inputs
 from bert_evaluation.transformations import (
@@ -47,7 +47,7 @@ def counts(report):
 
 def test_every_family(subject):
     family, model, base, reference = subject
-    hash_before, constants = graphs.graph_hash(base), graphs.constants_hash(base)
+    hash_before, constants = hashes.graph_hash(base), hashes.constants_hash(base)
     steps = (RemoveDropout(), MergeLinears(), FuseLinearActivation(anyway=True), FuseResidual(), PackLinears())
     recipe = compose(*steps, inplace=False)
     graph = recipe(base)
@@ -62,8 +62,8 @@ def test_every_family(subject):
         with torch.inference_mode():
             assert torch.allclose(graph(**inputs)["end_logits"], base(**inputs)["end_logits"], atol=1e-4)
     back = recipe(graph, reverse=True)
-    assert graphs.graph_hash(back) == hash_before
-    assert graphs.constants_hash(back) == constants
+    assert hashes.graph_hash(back) == hash_before
+    assert hashes.constants_hash(back) == constants
     restored, before = dict(back.named_parameters()), dict(base.named_parameters())
     assert restored.keys() == before.keys()
     assert all(restored[name].requires_grad == before[name].requires_grad for name in before)
@@ -125,16 +125,16 @@ def test_an_activation_is_known_however_it_is_written(form):
     with torch.inference_mode():
         assert torch.allclose(fused(x=x), module(x), atol=1e-5)
         assert torch.allclose(onednn.expand(fused)(x=x), module(x), atol=1e-6)
-    assert graphs.graph_hash(fusion(fused, reverse=True)) == graphs.graph_hash(graph)
+    assert hashes.graph_hash(fusion(fused, reverse=True)) == hashes.graph_hash(graph)
 
 
 @pytest.mark.parametrize("form", OTHERS)
 def test_what_is_another_function_is_left(form):
     _, graph = captured(OTHERS[form])
-    before, fusion = graphs.graph_hash(graph), FuseLinearActivation(anyway=True)
+    before, fusion = hashes.graph_hash(graph), FuseLinearActivation(anyway=True)
     fusion(graph)
     assert not fusion.report.applied
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
 
 
 class Between(nn.Module):
@@ -182,13 +182,13 @@ def test_refuses_what_would_change_the_function(kind):
     torch.manual_seed(0)
     module = Between(kind)
     graph = capture(module, example_inputs={"x": torch.randn(3, 8)})
-    before = graphs.graph_hash(graph)
+    before = hashes.graph_hash(graph)
     for fusion, reason in zip((FuseLinearActivation(anyway=True), FuseResidual()), REFUSALS[kind], strict=True):
         fusion(graph)
         assert not fusion.report.applied
         if reason is not None:
             assert reason in fusion.report.refused[0].reason
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
 
 
 @pytest.mark.parametrize(("capability", "applied"), [("AVX2", {"relu"}), ("AVX512", {"relu", "gelu", "tanh"})])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import MobileBertForQuestionAnswering
 
-from bert_evaluation import capture, compose, varlen
+from bert_evaluation import capture, compose, hashes, varlen
 from bert_evaluation import graph as graphs
 from bert_evaluation.answering import Reader
 from bert_evaluation.blame import verify_steps
@@ -19,10 +19,11 @@ from bert_evaluation.capturing import DYNAMIC, read, save, text_inputs
 from bert_evaluation.checkpoints import load_dataset
 from bert_evaluation.evaluation import evaluate_together
 from bert_evaluation.probes import Probe, default_probes
+from bert_evaluation.promise import Bitwise, Reassociates, weakest
 from bert_evaluation.signature import MASK
 from bert_evaluation.squad.answers import AnswerRule
 from bert_evaluation.squad.batches import Batching
-from bert_evaluation.transformation import Bitwise, Reassociates, Site, Transformation, promise_of, weakest
+from bert_evaluation.transformation import Site, Transformation, promise_of
 from bert_evaluation.transformations import (
     FuseBiasInLinear,
     FuseLinearActivation,
@@ -103,19 +104,19 @@ def test_every_family(subject):
     assert not padded[before[MASK] == 0].any()
     RemovePadding()(graph_of_its_own := graphs.fork(base))
     RemovePadding()(graph_of_its_own, reverse=True)
-    assert graphs.graph_hash(graph_of_its_own) == graphs.graph_hash(base)
+    assert hashes.graph_hash(graph_of_its_own) == hashes.graph_hash(base)
     assert torch.equal(run(graph_of_its_own, before), run(base, before))
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_families_that_are_refused(family):
     graph = capture(tiny(family))
-    before, removal = graphs.graph_hash(graph), RemovePadding()
+    before, removal = hashes.graph_hash(graph), RemovePadding()
     removal(graph)
     assert removal.report.found == 1
     assert REFUSED[family] in removal.report.refused[0].reason
     assert removal.report.refused[0].reason.endswith(".")
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
     assert promise_of(graph) == Bitwise()
 
 
@@ -189,8 +190,8 @@ def test_before_and_behind_others(family, order):
     assert check(reference, graph).kept
     assert all(step.kept for step in verify_steps(reference, recipe))
     back = recipe(graph, reverse=True)
-    assert graphs.graph_hash(back) == graphs.graph_hash(base)
-    assert graphs.constants_hash(back) == graphs.constants_hash(base)
+    assert hashes.graph_hash(back) == hashes.graph_hash(base)
+    assert hashes.constants_hash(back) == hashes.constants_hash(base)
 
 
 def test_saved_and_read_in_another_process(bert, packed, tmp_path):
@@ -362,11 +363,11 @@ def encoder(kind):
 @pytest.mark.parametrize("kind", REFUSALS)
 def test_refuses_what_mixes_positions(kind):
     _, graph = encoder(kind)
-    before, removal = graphs.graph_hash(graph), RemovePadding()
+    before, removal = hashes.graph_hash(graph), RemovePadding()
     removal(graph)
     assert len(removal.report.refused) == 1
     assert REFUSALS[kind] in removal.report.refused[0].reason
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
 
 
 @pytest.mark.parametrize("kind", ["mask of booleans", "additive mask"])

@@ -11,15 +11,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from bert_evaluation import capture, compose, evaluate, kernels, load, onednn, varlen, verify
+from bert_evaluation import capture, compose, evaluate, hashes, kernels, load, onednn, varlen, verify
 from bert_evaluation import graph as graphs
 from bert_evaluation.builtin import QUESTIONS
 from bert_evaluation.calibration import Calibration, calibrate
 from bert_evaluation.capturing import read, save, text_inputs
 from bert_evaluation.errors import UsageError
 from bert_evaluation.probes import text_probes
+from bert_evaluation.promise import Approximates
 from bert_evaluation.squad import read_squad
-from bert_evaluation.transformation import Approximates, promise_of
+from bert_evaluation.transformation import promise_of
 from bert_evaluation.transformations import (
     REGISTRY,
     CastToBFloat16,
@@ -108,7 +109,7 @@ def reference(subject):
 def hold_cast(cast, subject, reference):
     """That a cast does all that it should to a family, and is undone."""
     family, model, base = subject
-    before, hash_before, constants = dict(base.named_parameters()), graphs.graph_hash(base), graphs.constants_hash(base)
+    before, hash_before, constants = dict(base.named_parameters()), hashes.graph_hash(base), hashes.constants_hash(base)
     graph = cast(graphs.fork(base))
 
     assert (len(cast.report.applied), cast.report.found) == SITES[family]
@@ -147,8 +148,8 @@ def hold_cast(cast, subject, reference):
         assert not torch.equal(found, expected)
 
     back = cast(graph, reverse=True)
-    assert graphs.graph_hash(back) == hash_before
-    assert graphs.constants_hash(back) == constants
+    assert hashes.graph_hash(back) == hash_before
+    assert hashes.constants_hash(back) == constants
     restored = dict(back.named_parameters())
     assert restored.keys() == before.keys()
     assert all(restored[name] is before[name] for name in before)  # not even copies
@@ -261,10 +262,10 @@ def test_a_number_in_a_path_is_not_the_start_of_another(able):
 
 def test_a_processor_without_is_refused_unless_anyway(bert_graph, unable):
     cast = CastToBFloat16()
-    before = graphs.graph_hash(bert_graph)
+    before = hashes.graph_hash(bert_graph)
     graph = cast(graphs.fork(bert_graph))
     assert not cast.report.applied
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
     reasons = {refusal.reason for refusal in cast.report.refused}
     assert any("nothing in bfloat16" in reason and "anyway=True" in reason for reason in reasons)
     anyway = CastToBFloat16(anyway=True)
@@ -338,11 +339,11 @@ def test_refuses_what_it_cannot_cast(odd, reason, kind):
 
 def test_casting_twice_is_once(bert_graph, kind):
     graph = kind(anyway=True)(graphs.fork(bert_graph))
-    before, again = graphs.graph_hash(graph), kind(anyway=True)
+    before, again = hashes.graph_hash(graph), kind(anyway=True)
     again(graph)
     assert not again.report.applied
     assert again.report.refused[0].reason == f"It is in {str(kind.low).removeprefix('torch.')} already."
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +363,7 @@ def test_one_type_and_then_the_other(bert_graph, of_bert):
         assert types == [first.low] * 6 + [second.low] * 6 + [torch.float32]
         assert len(casts(graph)) == 4
         assert check(of_bert, graph).kept
-        assert graphs.graph_hash(recipe(graph, reverse=True)) == graphs.graph_hash(bert_graph)
+        assert hashes.graph_hash(recipe(graph, reverse=True)) == hashes.graph_hash(bert_graph)
 
 
 def test_shared_weights_are_cast_once(kind):
@@ -410,7 +411,7 @@ def test_fusing_and_casting_in_either_order_is_the_same_in_plain_operators(bert,
             found = onednn.expand(graph)(**inputs)["start_logits"]
             assert torch.equal(found, plain(**inputs)["start_logits"])
         back = recipe(graph, reverse=True)
-        assert graphs.graph_hash(back) == graphs.graph_hash(bert_graph)
+        assert hashes.graph_hash(back) == hashes.graph_hash(bert_graph)
 
 
 def floats(largest):
@@ -517,7 +518,7 @@ def test_removing_padding_before_and_after(bert, bert_graph, of_bert, kind):
             results.append(graph(**inputs)["end_logits"][real])
             expected = bert_graph(**inputs)["end_logits"][real]
         assert (results[-1] - expected).abs().max() <= 4 * UNIT[kind]
-        assert graphs.graph_hash(recipe(graph, reverse=True)) == graphs.graph_hash(bert_graph)
+        assert hashes.graph_hash(recipe(graph, reverse=True)) == hashes.graph_hash(bert_graph)
     assert torch.equal(*results)
 
 

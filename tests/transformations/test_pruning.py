@@ -6,14 +6,15 @@ import pytest
 import torch
 from families import FAMILIES, batches, lively
 
-from bert_evaluation import capture, compose, verify
+from bert_evaluation import capture, compose, hashes, verify
 from bert_evaluation import graph as graphs
 from bert_evaluation.calibration import Calibration, activations, calibrate, calibration_of
 from bert_evaluation.capturing import dynamic_dimensions, read, save, text_inputs
 from bert_evaluation.errors import UsageError
 from bert_evaluation.memory import memory
 from bert_evaluation.probes import text_probes
-from bert_evaluation.transformation import Approximates, promise_of
+from bert_evaluation.promise import Approximates
+from bert_evaluation.transformation import promise_of
 from bert_evaluation.transformations import (
     PRESETS,
     REGISTRY,
@@ -83,7 +84,7 @@ def by_weight(nodes):
 def check_restored(transformation, graph, base):
     before = dict(base.named_parameters(remove_duplicate=False))
     back = transformation(graph, reverse=True)
-    assert graphs.graph_hash(back) == graphs.graph_hash(base)
+    assert hashes.graph_hash(back) == hashes.graph_hash(base)
     restored = dict(back.named_parameters(remove_duplicate=False))
     assert restored.keys() == before.keys()
     assert all(restored[name] is before[name] for name in before)  # not even copies
@@ -93,14 +94,14 @@ def check_restored(transformation, graph, base):
 
 def test_heads(subject, tmp_path):
     family, model, base = subject
-    hash_before, constants = graphs.graph_hash(base), graphs.constants_hash(base)
+    hash_before, constants = hashes.graph_hash(base), hashes.constants_hash(base)
     prune = PruneHeads(budget=0.5)
     graph = prune(graphs.fork(base))
     assert (len(prune.report.applied), prune.report.found) == HEADS[family]
     assert all(refusal.reason.endswith(".") for refusal in prune.report.refused)
-    assert (graphs.graph_hash(base), graphs.constants_hash(base)) == (hash_before, constants)
+    assert (hashes.graph_hash(base), hashes.constants_hash(base)) == (hash_before, constants)
     if not prune.report.applied:
-        assert graphs.graph_hash(graph) == hash_before
+        assert hashes.graph_hash(graph) == hash_before
         return
     assert isinstance(promise_of(graph), Approximates)
     assert verify(model, graph, text_probes(model, 16)).kept

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from bert_evaluation import capture, compose, kernels, onednn, verify
+from bert_evaluation import capture, compose, hashes, kernels, onednn, verify
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import read, save, text_inputs
 from bert_evaluation.memory import memory
-from bert_evaluation.transformation import Approximates, promise_of
+from bert_evaluation.promise import Approximates
+from bert_evaluation.transformation import promise_of
 from bert_evaluation.transformations import (
     REGISTRY,
     CastToBFloat16,
@@ -55,7 +56,7 @@ def subject(request):
 
 def test_every_family(subject, unable):
     family, model, base = subject
-    before, hash_before, constants = dict(base.named_parameters()), graphs.graph_hash(base), graphs.constants_hash(base)
+    before, hash_before, constants = dict(base.named_parameters()), hashes.graph_hash(base), hashes.constants_hash(base)
     quantize = QuantizeLinears(anyway=True)
     graph = quantize(graphs.fork(base))
 
@@ -74,8 +75,8 @@ def test_every_family(subject, unable):
         assert not torch.equal(found, expected)
 
     back = quantize(graph, reverse=True)
-    assert graphs.graph_hash(back) == hash_before
-    assert graphs.constants_hash(back) == constants
+    assert hashes.graph_hash(back) == hash_before
+    assert hashes.constants_hash(back) == constants
     restored = dict(back.named_parameters())
     assert restored.keys() == before.keys()
     assert all(restored[name] is before[name] for name in before)  # not even copies
@@ -149,10 +150,10 @@ def test_the_weights_of_linears_take_less_than_half_of_the_memory(bert, bert_gra
 
 
 def test_a_processor_without_vnni_is_refused_unless_anyway(bert_graph, unable):
-    quantize, before = QuantizeLinears(), graphs.graph_hash(bert_graph)
+    quantize, before = QuantizeLinears(), hashes.graph_hash(bert_graph)
     graph = quantize(graphs.fork(bert_graph))
     assert not quantize.report.applied
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
     assert quantize.report.refused[0].reason == (
         "This processor has no VNNI. anyway=True computes it in plain PyTorch, slowly."
     )
@@ -229,7 +230,7 @@ def test_other_steps_before_and_behind(bert, bert_graph):
     graph = recipe(graphs.fork(bert_graph))
     assert [len(report.applied) for report in recipe.reports[1:]] == [2, 8, 10, 1]
     assert verify(bert, graph).kept
-    assert graphs.graph_hash(recipe(graph, reverse=True)) == graphs.graph_hash(bert_graph)
+    assert hashes.graph_hash(recipe(graph, reverse=True)) == hashes.graph_hash(bert_graph)
 
 
 def test_verify_saving_and_the_float64_run(bert, bert_graph, tmp_path):

@@ -10,12 +10,13 @@ from promises import applied_and_kept, undone
 from torch import nn
 from torch.nn import functional as F
 
-from bert_evaluation import capture, kernels
+from bert_evaluation import capture, hashes, kernels
 from bert_evaluation import graph as graphs
 from bert_evaluation.calibration import Calibration, calibrate, calibration_of
 from bert_evaluation.errors import UsageError
 from bert_evaluation.probes import text_probes
-from bert_evaluation.transformation import Reassociates, Site, Transformation
+from bert_evaluation.promise import Reassociates
+from bert_evaluation.transformation import Site, Transformation
 from bert_evaluation.transformations import (
     REGISTRY,
     CastToBFloat16,
@@ -73,11 +74,11 @@ def share_moved(model, base, inputs):
 
 def hold_leave(some, left_of, model, base):
     """That a transformation leaves so many sites, those that cost most, and keeps its promise by the others."""
-    constants, every = graphs.constants_hash(base), type(some)(anyway=True)
+    constants, every = hashes.constants_hash(base), type(some)(anyway=True)
     costs = sensitivities(base, every)
     whole = every(graphs.fork(base))
     graph = applied_and_kept(some, base, observe(model, text_probes(model, 16)))
-    assert graphs.constants_hash(base) == constants
+    assert hashes.constants_hash(base) == constants
 
     left = {refusal.site: refusal.reason for refusal in some.report.refused if "Alone" in refusal.reason}
     assert (len(left), len(costs)) == left_of
@@ -92,7 +93,7 @@ def hold_leave(some, left_of, model, base):
     assert share_moved(graph, base, inputs) < share_moved(whole, base, inputs)
 
     undone(some, graph, base)
-    assert graphs.constants_hash(graph) == constants
+    assert hashes.constants_hash(graph) == constants
 
 
 def test_those_that_cost_most_are_left(subject):

@@ -12,14 +12,15 @@ from families import FAMILIES, tiny
 from torch import nn
 from torch.nn import functional as F
 
-from bert_evaluation import capture, compose, kernels, onednn, varlen, verify
+from bert_evaluation import capture, compose, hashes, kernels, onednn, varlen, verify
 from bert_evaluation import graph as graphs
 from bert_evaluation.blame import verify_steps
 from bert_evaluation.capturing import read, save, text_inputs
 from bert_evaluation.kernels.build import why_not_built
 from bert_evaluation.probes import default_probes
+from bert_evaluation.promise import Approximates, Reassociates
 from bert_evaluation.signature import MASK
-from bert_evaluation.transformation import Approximates, Reassociates, promise_of
+from bert_evaluation.transformation import promise_of
 from bert_evaluation.transformations import (
     REGISTRY,
     CastToBFloat16,
@@ -116,8 +117,8 @@ def restored(graph, base):
     assert back.keys() == before.keys()
     assert all(torch.equal(back[name], before[name]) for name in before)
     assert all(back[name].requires_grad == before[name].requires_grad for name in before)
-    same = graphs.constants_hash(graph) == graphs.constants_hash(base)
-    return same and graphs.graph_hash(graph) == graphs.graph_hash(base)
+    same = hashes.constants_hash(graph) == hashes.constants_hash(base)
+    return same and hashes.graph_hash(graph) == hashes.graph_hash(base)
 
 
 @torch.inference_mode()
@@ -226,10 +227,10 @@ def test_each_step_alone_is_undone(bert_graph):
 
 def test_the_model_and_a_sibling_keep_their_weights(bert, bert_graph):
     before = {name: tensor.clone() for name, tensor in bert.state_dict().items()}
-    hashed = graphs.graph_hash(bert_graph)
+    hashed = hashes.graph_hash(bert_graph)
     compose(*steps())(graphs.fork(bert_graph))
     assert all(torch.equal(tensor, before[name]) for name, tensor in bert.state_dict().items())
-    assert graphs.graph_hash(bert_graph) == hashed
+    assert hashes.graph_hash(bert_graph) == hashed
 
 
 def test_shared_weights_are_packed_once():
@@ -326,12 +327,12 @@ def test_padding_is_removed_between_linears_in_tiles(bert, bert_graph):
 
 def test_padding_is_not_removed_behind_attention_in_tiles(bert_graph):
     graph = compose(CastToBFloat16(anyway=True), TileAttention(anyway=True))(graphs.fork(bert_graph))
-    removal, before = RemovePadding(), graphs.graph_hash(graph)
+    removal, before = RemovePadding(), hashes.graph_hash(graph)
     removal(graph)
     assert [refusal.reason for refusal in removal.report.refused] == [
         "attention_default is attention of our kernels already; this step comes before TileAttention."
     ]
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
 
 
 def test_the_mask_that_attention_adds_is_taken_as_it_was(able):
@@ -355,11 +356,11 @@ def test_steps_in_another_order_and_twice(bert, bert_graph):
     one, other = compose(tiling, attending, inplace=False)(cast), compose(attending, tiling, inplace=False)(cast)
     inputs = text_inputs(bert, 2, 9)
     assert torch.equal(run(one, inputs), run(other, inputs))
-    before = graphs.graph_hash(one)
+    before = hashes.graph_hash(one)
     for step in (tiling, attending):
         step(one)
         assert step.report.found == 0
-    assert graphs.graph_hash(one) == before
+    assert hashes.graph_hash(one) == before
     late = CastToBFloat16(anyway=True)
     late(FuseResidual()(QuantizeLinears(anyway=True)(RemoveDropout()(graphs.fork(bert_graph)))))
     assert any("has taken in what follows it; cast before that." in refusal.reason for refusal in late.report.refused)
@@ -418,12 +419,12 @@ def test_their_text_forms_read_back():
 
 def test_a_machine_without_is_refused(bert_graph, unable):
     graph = CastToBFloat16(anyway=True)(graphs.fork(bert_graph))
-    before = graphs.graph_hash(graph)
+    before = hashes.graph_hash(graph)
     for step in (TileLinears(), TileAttention()):
         step(graph)
         assert {refusal.reason for refusal in step.report.refused} == {"This processor has nothing of the kind."}
         assert not step.report.applied
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
     TileLinears(anyway=True)(graph)
     assert kernels.LINEAR in targets(graph)
 
@@ -502,11 +503,11 @@ def odd(kind, *first, dtype=torch.float32):
 )
 def test_linears_that_are_left(kind, first, reason):
     _, _, graph = odd(kind, *first)
-    before, step = graphs.graph_hash(graph), TileLinears(anyway=True)
+    before, step = hashes.graph_hash(graph), TileLinears(anyway=True)
     step(graph)
     assert not step.report.applied
     assert [refusal.reason.endswith(reason) for refusal in step.report.refused] == ([True] if reason else [])
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
 
 
 def test_linears_in_float64_are_left():
@@ -531,11 +532,11 @@ def test_linears_in_float64_are_left():
 def test_attention_that_is_left(kind, reason):
     dtype = torch.float64 if kind == "float64" else torch.bfloat16
     _, _, graph = odd("attention" if kind == "float64" else kind, dtype=dtype)
-    before, step = graphs.graph_hash(graph), TileAttention(anyway=True)
+    before, step = hashes.graph_hash(graph), TileAttention(anyway=True)
     step(graph)
     assert [refusal.reason.endswith(reason) for refusal in step.report.refused] == [True]
     assert not step.report.applied
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
 
 
 def test_attention_and_linears_of_a_model_in_bfloat16():
@@ -564,11 +565,11 @@ TILED = (TileLinears(anyway=True), FuseResidual())
 )
 def test_norms_that_are_left(kind, first, reason):
     module, x, graph = odd(kind, *first)
-    before, step = graphs.graph_hash(graph), FuseSkipLayerNorm()
+    before, step = hashes.graph_hash(graph), FuseSkipLayerNorm()
     step(graph)
     assert [refusal.reason.endswith(reason) for refusal in step.report.refused] == [True], step.report.refused
     assert not step.report.applied
-    assert graphs.graph_hash(graph) == before
+    assert hashes.graph_hash(graph) == before
     with torch.inference_mode():
         found, expected = graphs.output_tensors(graph(x=x)), graphs.output_tensors(module(x))
     assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(found, expected, strict=True))

@@ -7,8 +7,9 @@ from bert_evaluation.cli.console import show
 
 def transformations() -> None:
     """List the transformations, what each promises and what it does, and the recipes that have a name."""
+    from bert_evaluation.promise import weakest
     from bert_evaluation.report import tables
-    from bert_evaluation.transformation import ReversibleTransformation, weakest
+    from bert_evaluation.transformation import ReversibleTransformation
     from bert_evaluation.transformations import PRESETS, PRESETS_ON_CUDA, REGISTRY
 
     kinds = []

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bert_evaluation.outcome import Outcome
+from bert_evaluation.promise import Approximates
 from bert_evaluation.rows import Quality, Row
 from bert_evaluation.stats import Interval, Ratio
-from bert_evaluation.transformation import Approximates
 
 Measure = Literal["evaluation", "inference"]
 MEASURED: dict[Measure, str] = {"evaluation": "on the data set", "inference": "for one inference"}

@@ -10,7 +10,8 @@ import torch
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Reassociates, Site
+from bert_evaluation.promise import Reassociates
+from bert_evaluation.transformation import Site
 from bert_evaluation.transformations.keeping import KeepsTensors, Kept
 from bert_evaluation.transformations.score_masks import Mask, bias_of, floored, mask_of, why_not_mask
 from bert_evaluation.transformations.written_attention import (

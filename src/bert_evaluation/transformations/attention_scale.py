@@ -10,7 +10,8 @@ import torch
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Reassociates, Site
+from bert_evaluation.promise import Reassociates
+from bert_evaluation.transformation import Site
 from bert_evaluation.transformations.keeping import KeepsTensors, Kept
 from bert_evaluation.transformations.linear import parameters, tensor_of, weight_and_bias, why_not_ours
 from bert_evaluation.transformations.written_attention import (

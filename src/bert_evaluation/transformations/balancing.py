@@ -13,7 +13,8 @@ from bert_evaluation import kernels
 from bert_evaluation.calibration import activations, at_tokens, calibration_of
 from bert_evaluation.errors import CalibrationError, UsageError
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Reassociates, Site
+from bert_evaluation.promise import Reassociates
+from bert_evaluation.transformation import Site
 from bert_evaluation.transformations.casts import NORM
 from bert_evaluation.transformations.keep_list import why_kept, words
 from bert_evaluation.transformations.keeping import KeepsTensors, Kept

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Reassociates, Site
+from bert_evaluation.promise import Reassociates
+from bert_evaluation.transformation import Site
 from bert_evaluation.transformations.keeping import KeepsTensors, Kept
 from bert_evaluation.transformations.linear import free_name, stem, tensor_of, weight_and_bias, why_not_ours
 

@@ -6,7 +6,8 @@ import torch
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule
-from bert_evaluation.transformation import Bitwise, ReversibleTransformation, Site
+from bert_evaluation.promise import Bitwise
+from bert_evaluation.transformation import ReversibleTransformation, Site
 
 aten = torch.ops.aten
 

@@ -6,8 +6,9 @@ from bert_evaluation import compiled, cuda_graphs
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import CHECKPOINT
 from bert_evaluation.graph import GraphModule
+from bert_evaluation.promise import Promise, Reassociates
 from bert_evaluation.signature import MASK
-from bert_evaluation.transformation import Promise, Reassociates, ReversibleTransformation, Site
+from bert_evaluation.transformation import ReversibleTransformation, Site
 
 
 class Compile(ReversibleTransformation):

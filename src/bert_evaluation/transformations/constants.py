@@ -8,7 +8,8 @@ from torch import Tensor, fx
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Bitwise, ReversibleTransformation, Site
+from bert_evaluation.promise import Bitwise
+from bert_evaluation.transformation import ReversibleTransformation, Site
 from bert_evaluation.transformations.linear import free_name, leaves, tensor_of
 
 # A stored result may be this many bytes larger than what it is computed from. It has room for a table of 512 × 512

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Approximates, ReversibleTransformation, Site
+from bert_evaluation.promise import Approximates
+from bert_evaluation.transformation import ReversibleTransformation, Site
 from bert_evaluation.transformations.casts import CAST, EMBEDDING, HIGH, lower_stored
 from bert_evaluation.transformations.linear import readers, tensor_of
 

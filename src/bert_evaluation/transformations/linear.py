@@ -10,7 +10,8 @@ from torch import Tensor
 from bert_evaluation import graph as graphs
 from bert_evaluation import onednn
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
+from bert_evaluation.promise import Reassociates
+from bert_evaluation.transformation import ReversibleTransformation, Site
 
 aten = torch.ops.aten
 PAD = aten.constant_pad_nd.default

@@ -10,7 +10,8 @@ from torch import fx
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Bitwise, ReversibleTransformation, Site
+from bert_evaluation.promise import Bitwise
+from bert_evaluation.transformation import ReversibleTransformation, Site
 from bert_evaluation.transformations.attention_scale import SDPA
 from bert_evaluation.transformations.written_attention import (
     ADDS,

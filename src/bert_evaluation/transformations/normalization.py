@@ -6,7 +6,8 @@ import torch
 
 from bert_evaluation import kernels
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
+from bert_evaluation.promise import Reassociates
+from bert_evaluation.transformation import ReversibleTransformation, Site
 from bert_evaluation.transformations.linear import tensor_of
 from bert_evaluation.transformations.tiles import why_not_ended, with_ending
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from bert_evaluation import graph as graphs
 from bert_evaluation import kernels, onednn
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
+from bert_evaluation.promise import Reassociates
+from bert_evaluation.transformation import ReversibleTransformation, Site
 from bert_evaluation.transformations.activations import activation_at
 from bert_evaluation.transformations.linear import (
     free_name,

@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from bert_evaluation import varlen
 from bert_evaluation.graph import GraphModule, Node
+from bert_evaluation.promise import Reassociates
 from bert_evaluation.signature import MASK
-from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
+from bert_evaluation.transformation import ReversibleTransformation, Site
 from bert_evaluation.transformations.heads import Attention, RefusedError, attentions, call, drop, heads_at
 from bert_evaluation.transformations.padding_mask import why_not_padding_mask
 from bert_evaluation.transformations.positions import closing, is_position_wise, shape, shapes, why_not_position_wise

@@ -11,7 +11,8 @@ from bert_evaluation import graph as graphs
 from bert_evaluation import onednn
 from bert_evaluation.errors import CalibrationError, UsageError
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Approximates, Site
+from bert_evaluation.promise import Approximates
+from bert_evaluation.transformation import Site
 from bert_evaluation.transformations.activations import Found, activation_at
 from bert_evaluation.transformations.contributions import Contribution, contributions
 from bert_evaluation.transformations.cuts import cut_columns, cut_rows, resize

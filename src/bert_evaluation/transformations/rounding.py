@@ -7,7 +7,8 @@ import torch
 
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Approximates, ReversibleTransformation, Site
+from bert_evaluation.promise import Approximates
+from bert_evaluation.transformation import ReversibleTransformation, Site
 from bert_evaluation.transformations.keep_list import why_kept, words
 from bert_evaluation.transformations.linear import readers, weight_and_bias
 from bert_evaluation.transformations.sensitivity import Left, share_to_leave, with_worst_left

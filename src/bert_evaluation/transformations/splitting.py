@@ -7,7 +7,8 @@ import torch
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule
 from bert_evaluation.partial_products import HALVES, PRODUCTS
-from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
+from bert_evaluation.promise import Reassociates
+from bert_evaluation.transformation import ReversibleTransformation, Site
 from bert_evaluation.transformations.heads import call
 from bert_evaluation.transformations.linear import tensor_of, weight_and_bias
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 
 from bert_evaluation import graph as graphs
+from bert_evaluation import hashes
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Bitwise, ReversibleTransformation, Site
+from bert_evaluation.promise import Bitwise
+from bert_evaluation.transformation import ReversibleTransformation, Site
 
 
 class EliminateCommonSubexpressions(ReversibleTransformation):
@@ -28,7 +30,7 @@ class EliminateCommonSubexpressions(ReversibleTransformation):
             number[node] = len(number)
             if node.op not in ("call_function", "get_attr"):
                 continue
-            same = first.setdefault(graphs.description(node, number, graph), node)
+            same = first.setdefault(hashes.description(node, number, graph), node)
             if same is not node:
                 sites.append(Site(node, (same,)))
                 if _why_not_one(same, node) is None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from bert_evaluation import graph as graphs
 from bert_evaluation import kernels, varlen
 from bert_evaluation.graph import GraphModule, Node
-from bert_evaluation.transformation import Reassociates, ReversibleTransformation, Site
+from bert_evaluation.promise import Reassociates
+from bert_evaluation.transformation import ReversibleTransformation, Site
 from bert_evaluation.transformations.heads import SDPA, RefusedError, call, drop, heads_at
 from bert_evaluation.transformations.linear import (
     free_name,
