@@ -8,7 +8,7 @@ import typer
 
 from bert_evaluation.cli.compare import ForceOption, comparison_as_json, refuse
 from bert_evaluation.cli.files import require_folders, write_json
-from bert_evaluation.cli.root import StoreOption
+from bert_evaluation.cli.options import StoreOption
 from bert_evaluation.errors import UsageError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bert_evaluation.cli.console import show
-from bert_evaluation.cli.root import StoreOption
+from bert_evaluation.cli.options import StoreOption
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from bert_evaluation.cli.files import require_folders, write_json
+from bert_evaluation.cli.options import DeviceOption, StoreOption
 from bert_evaluation.cli.progress import shown
-from bert_evaluation.cli.root import DeviceOption, StoreOption
 from bert_evaluation.errors import UsageError
 
 

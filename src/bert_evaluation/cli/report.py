@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bert_evaluation.cli.files import require_folders
-from bert_evaluation.cli.root import StoreOption
+from bert_evaluation.cli.options import StoreOption
 
 if TYPE_CHECKING:
     from bert_evaluation.store import Store

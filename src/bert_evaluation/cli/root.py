@@ -9,6 +9,7 @@ import typer
 
 from bert_evaluation.cli.console import show
 from bert_evaluation.cli.files import require_folders, write_json
+from bert_evaluation.cli.options import DeviceOption, StoreOption
 from bert_evaluation.cli.progress import shown
 from bert_evaluation.errors import UsageError
 
@@ -17,14 +18,6 @@ if TYPE_CHECKING:
     from bert_evaluation.store import Store
 
 ACTIONS = "--infer answers a question, --evaluate scores a data set, --transform tries transformations"
-DeviceOption = Annotated[
-    str,
-    typer.Option(envvar="BERT_EVALUATION_DEVICE", help="auto, cpu, cuda, cuda:N or mps; auto is the best one present"),
-]
-StoreOption = Annotated[
-    Path | None,
-    typer.Option(envvar="BERT_EVALUATION_STORE", help="keep results in this file; :memory: for nowhere"),
-]
 
 
 def root(

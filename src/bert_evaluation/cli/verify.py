@@ -10,7 +10,7 @@ import typer
 
 from bert_evaluation.cli.console import show
 from bert_evaluation.cli.files import require_folders, write_json
-from bert_evaluation.cli.root import DeviceOption
+from bert_evaluation.cli.options import DeviceOption
 from bert_evaluation.errors import UsageError
 
 if TYPE_CHECKING:
