@@ -5,8 +5,16 @@ import tempfile
 import pytest
 import torch
 
-from bert_evaluation import capture, kernels
+from bert_evaluation import aot_inductor, capture, kernels
 from bert_evaluation.aot_inductor import library, why_not_built
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A folder of its own, where nothing was compiled before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "bert-evaluation"
+
 
 pytestmark = pytest.mark.skipif(why_not_built() is not None, reason=str(why_not_built()))
 
@@ -62,9 +70,9 @@ def test_our_operators_are_called_as_c_functions(tmp_path, monkeypatch):
     shapes = {name: dict.fromkeys(each, torch.export.Dim.DYNAMIC) for name, each in dynamic.items()}
     examples = {"x": torch.randn(3, 6, 8), "mask": torch.ones(3, 6, dtype=torch.long)}
     graph = capture(model, examples, shapes)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     call = library(graph, examples, dynamic, {})
-    (code,) = (file.read_text() for file in tmp_path.rglob("*.wrapper.cpp"))
+    (code,) = (file.read_text() for file in (tmp_path / "inductor").rglob("*.wrapper.cpp"))
     assert "proxy_executor_call" not in code
     for batch, length in ((1, 1), (2, 5), (4, 40)):
         inputs = {"x": torch.randn(batch, length, 8), "mask": torch.ones(batch, length, dtype=torch.long)}
@@ -97,3 +105,38 @@ def test_nothing_is_left_in_the_folder_for_temporary_files():
     assert made()  # where it is loaded from
     del call
     assert not made()
+
+
+def test_the_same_graph_is_compiled_once(cache, monkeypatch):
+    def graph_of(model):
+        return capture(model, {"x": torch.ones(2, 4)})
+
+    def compiled(graph, rows=3, columns=4, dynamic=(0,)):
+        x = torch.ones(rows, columns)
+        assert torch.allclose(library(graph, {"x": x}, {"x": list(dynamic)}, {})({"x": x})[0], graph(x=x)[0], atol=1e-6)
+
+    monkeypatch.setattr(aot_inductor, "MOST", 2)
+    model = Scaled()
+    compiled(graph_of(model))
+    (package,) = cache.glob("*.pt2")
+    real, asked = aot_inductor.aoti_compile_and_package, []
+
+    def counted(*args, **kwargs):
+        asked.append(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(aot_inductor, "aoti_compile_and_package", counted)
+    compiled(graph_of(model))
+    assert not asked
+    # The same numbers, lying otherwise; other numbers; other inputs.
+    with torch.no_grad():
+        model.linear.weight = torch.nn.Parameter(model.linear.weight.t().contiguous().t())
+    compiled(graph_of(model))
+    assert len(asked) == 1
+    with torch.no_grad():
+        model.scale.mul_(2)
+    compiled(graph_of(model))
+    compiled(graph_of(model), rows=5)
+    assert len(asked) == 3
+    assert len(list(cache.glob("*.pt2"))) == 2  # those that were used last
+    assert not package.exists()

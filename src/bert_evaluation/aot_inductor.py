@@ -4,6 +4,7 @@ torch.compile asks at each call whether its code fits, and hands over every para
 which a small model could have answered. A library knows where the parameters of its graph lie.
 """
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,11 +17,12 @@ from torch import Tensor
 from torch._inductor import aoti_compile_and_package  # documented, under this name
 from torch.export import Dim
 
-from bert_evaluation import extension, kernels
+from bert_evaluation import extension, hashes, kernels
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import GraphModule
 
 SOURCES = ("aot_inductor.cpp", "aot_inductor_shims.cpp")
+MOST = 32  # graphs that are kept compiled, some megabytes each: those that were used last
 # How a C function takes what an operator takes.
 IN_C = {
     "Tensor": "AtenTensorHandle",
@@ -56,20 +58,47 @@ def library(
 
     `examples` are inputs, and `dynamic` says which of their dimensions may have other sizes. Inputs are read as they
     lie: contiguous, and of the types of the examples. The tensors that the graph has now are read at every call, but
-    for the smallest, up to 8 numbers, which Inductor may write into its code.
+    for the smallest, up to 8 numbers, which Inductor may write into its code. That is kept in the cache folder (see
+    `extension`), so that the same graph is not compiled again.
 
     Raises RuntimeError without a compiler, and what torch raises, as if a dimension has to be as it is in the examples.
     """
     if (reason := why_not_built()) is not None:
         raise RuntimeError(reason)
-    shapes = {name: dict.fromkeys(dynamic[name], Dim.DYNAMIC) for name in examples}
-    exported = torch.export.export(graph, (), dict(examples), dynamic_shapes=shapes)
-    tensors = {**exported.constants, **graphs.tensors(graph)}  # what is exported may be copies
-    # What is loaded is unpacked into a folder of its own, which goes with it.
-    with tempfile.TemporaryDirectory() as folder:
-        package = aoti_compile_and_package(
-            exported, package_path=str(Path(folder, "graph.pt2")), inductor_configs={**config(), **options}
-        )
-        made = torch.classes.bert_evaluation.Library(package, os.cpu_count())
+    package = extension.cache_folder() / f"graph-{_key(graph, examples, dynamic, options)}.pt2"
+    if package.exists():
+        package.touch()
+    else:
+        _compile(graph, examples, dynamic, options, package)
+    tensors = graphs.tensors(graph)
+    # What is loaded is unpacked into a folder for temporary files, which goes with it.
+    made = torch.classes.bert_evaluation.Library(str(package), os.cpu_count())
     made.read({name: tensors[name] for name in made.names()})
     return lambda inputs: made.run([inputs[name] for name in examples])
+
+
+def _key(graph: GraphModule, examples: Mapping[str, Tensor], *others: Mapping[str, Any]) -> str:
+    taken = [f"{name} {each.dtype} {tuple(each.shape)}" for name, each in examples.items()]
+    strided = {name: each.stride() for name, each in graphs.tensors(graph).items() if each.layout is torch.strided}
+    about = [hashes.graph_hash(graph), hashes.constants_hash(graph), *taken, *map(str, (strided, *others, config()))]
+    return hashlib.sha256("\n".join([*about, *extension.about_this_machine()]).encode()).hexdigest()[:16]
+
+
+def _compile(
+    graph: GraphModule,
+    examples: Mapping[str, Tensor],
+    dynamic: Mapping[str, list[int]],
+    options: Mapping[str, Any],
+    package: Path,
+) -> None:
+    shapes = {name: dict.fromkeys(dynamic[name], Dim.DYNAMIC) for name in examples}
+    exported = torch.export.export(graph, (), dict(examples), dynamic_shapes=shapes)
+    package.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=package.parent) as place:  # so that nobody finds half of it
+        made = aoti_compile_and_package(
+            exported, package_path=str(Path(place, "graph.pt2")), inductor_configs={**config(), **options}
+        )
+        os.replace(made, package)
+    kept = sorted(package.parent.glob("graph-*.pt2"), key=lambda each: each.stat().st_mtime)
+    for each in kept[:-MOST]:
+        each.unlink(missing_ok=True)

@@ -79,10 +79,10 @@ def _why_no_compiler(on_cuda: bool) -> str | None:
 class Compiled:
     """What is called in the place of a graph's nodes; `title` says by whose will. For inference: no gradients.
 
-    It is compiled once, by the first call or by `prepare`, which takes up to a minute (`seconds`, 0 before). Inputs
-    have the types and fixed sizes that the graph was captured with, and any dynamic ones, 1 included, with one batch
-    for all; others are refused with a ValueError. It reads the tensors that the graph has now, and is not told if
-    those are exchanged.
+    It is compiled once, by the first call or by `prepare`, which takes up to a minute (`seconds`, 0 before), or a
+    moment if the same was compiled before (see `aot_inductor`). Inputs have the types and fixed sizes that the graph
+    was captured with, and any dynamic ones, 1 included, with one batch for all; others are refused with a ValueError.
+    It reads the tensors that the graph has now, and is not told if those are exchanged.
 
     With a `recorder`, calls are recorded, once for each bucket of shapes, and replayed. `longest` is the most tokens
     that are known to be read, if the graph does not know; `where` names the input that says which positions of the

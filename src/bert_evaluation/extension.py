@@ -16,14 +16,24 @@ import torch
 from bert_evaluation.device import processor
 
 
+def cache_folder() -> Path:
+    """Where what was compiled is kept, under names made of all that it depends on: the user's cache folder."""
+    return Path(platformdirs.user_cache_dir("bert-evaluation", appauthor=False))
+
+
+def about_this_machine() -> list[str]:
+    """What compiled code depends on beside its source: processor, compiler, torch."""
+    # Virtual machines of different processors may have one name.
+    able = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
+    return [torch.__version__, processor(), *able, os.environ.get("CXX", "")]
+
+
 def why_not_loaded(name: str, folder: Path, sources: Sequence[str], flags: Sequence[str]) -> str | None:
     """Compile these sources in a folder, or take what was compiled before, and load it; why that failed, if it did.
 
-    What is compiled lies in the user's cache folder, under a name made of all that it depends on, headers beside it
-    included.
+    What is compiled is kept in the cache folder, for these sources and the headers beside them.
     """
-    cache = Path(platformdirs.user_cache_dir("bert-evaluation", appauthor=False))
-    library = cache / f"{name}-{_key(folder, flags)}.so"
+    library = cache_folder() / f"{name}-{_key(folder, flags)}.so"
     try:
         if not library.exists():
             _compile(name, [str(folder / each) for each in sources], flags, library)
@@ -42,9 +52,7 @@ def _said(error: Exception) -> str:
 
 def _key(folder: Path, flags: Sequence[str]) -> str:
     sources = [file.read_bytes() for file in sorted((*folder.glob("*.h"), *folder.glob("*.cpp")))]
-    # Virtual machines of different processors may have one name.
-    able = sorted(name for name, value in torch.cpu.get_capabilities().items() if value is True)
-    about = [torch.__version__, processor(), *able, os.environ.get("CXX", ""), *flags]
+    about = [*about_this_machine(), *flags]
     return hashlib.sha256(b"\n".join([*sources, *(each.encode() for each in about)])).hexdigest()[:16]
 
 

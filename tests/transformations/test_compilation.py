@@ -234,7 +234,9 @@ def test_it_refuses_a_graph_that_writes_into_its_inputs():
     assert step.report.refused[0].reason == "add_ writes in place into what the graph is given or keeps."
 
 
-def test_what_inductor_cannot_compile_is_told_in_a_sentence(bert, bert_graph, monkeypatch):
+def test_what_inductor_cannot_compile_is_told_in_a_sentence(bert, bert_graph, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where nothing was compiled before
+
     def broken(*args, **kwargs):
         raise RuntimeError("no such luck\nand more")
 
