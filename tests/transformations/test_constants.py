@@ -97,7 +97,7 @@ def test_saved_and_read(subject, tmp_path):
 HASHES = """
 from families import tiny
 from bert_evaluation import capture, compose
-from bert_evaluation import graph as graphs
+from bert_evaluation import hashes
 from bert_evaluation.transformations import EliminateCommonSubexpressions, FoldConstants
 for family in ("deberta-v2", "modernbert"):
     print(hashes.graph_hash(compose(FoldConstants(), EliminateCommonSubexpressions())(capture(tiny(family)))))
@@ -315,7 +315,7 @@ def test_verify_catches_a_lie(kind, monkeypatch):
     if kind is FoldConstants:
         monkeypatch.setattr("bert_evaluation.transformations.constants._call", lambda node, values: torch.ones(4, 4))
     else:
-        monkeypatch.setattr(graphs, "description", lambda node, number, graph: f"{node.op} {node.target}")
+        monkeypatch.setattr(hashes, "description", lambda node, number, graph: f"{node.op} {node.target}")
         monkeypatch.setattr(kind, "why_not", lambda self, site: None)
     kind()(graph)
     assert not verify(module, graph, [Probe("rows", {"x": torch.randn(3, 4)})]).kept
