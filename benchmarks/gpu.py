@@ -25,7 +25,8 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from gpu_parts import Parts, Settings
+from gpu_ahead import RANDOM, Ahead
+from gpu_parts import Parts, Settings, wanted
 from gpu_rows import LARGE, SMALL, attempt
 from gpu_state import Budget, about, sentence, state
 from gpu_tables import span
@@ -69,13 +70,13 @@ def main(
     warnings.filterwarnings("ignore")
     budget = Budget(60 * minutes)
     try:
-        wanted = _letters(parts)
+        letters = _letters(parts)
         on = choose_device(device)
     except BertEvaluationError as error:
         raise SystemExit(str(error)) from None
     if on.index is not None:
         torch.cuda.set_device(on)
-    settings = Settings(on, "BERT-large", LARGE, checkpoint, squad, windows, tokens, rounds)
+    settings = Settings(on, RANDOM, LARGE, checkpoint, squad, windows, tokens, rounds)
     if quick:
         settings = replace(settings, **QUICK)
     result: dict[str, Any] = {"machine": about(on), "arguments": sys.argv[1:], "parts": {}, "state": {}}
@@ -83,12 +84,15 @@ def main(
     def say(text: str) -> None:
         print(f"[{budget.spent:5.0f} s] {text}", file=sys.stderr, flush=True)
 
-    run = Parts(settings, budget, say)
+    # What is small compiles faster than another process starts.
+    ahead = Ahead(on, () if quick else wanted(letters, settings))
+    run = Parts(settings, budget, say, ahead)
 
     def finish() -> None:
         """Name what was left out, and write what there is."""
+        ahead.end()
         result["left_out"] = budget.left_out | run.left_out
-        if "F" in wanted:
+        if "F" in letters:
             print("\n### Clock, temperature and power\n")
             for name, states in result["state"].items():
                 print(f"- {name}: {span(states)}")
@@ -113,7 +117,7 @@ def main(
     try:
         for letter, needed in NEEDS.items():
             name = f"part {letter}"
-            if letter in wanted and budget.allows(name, 0 if quick else needed):
+            if letter in letters and budget.allows(name, 0 if quick else needed):
                 say(f"{name} begins")
                 run.states.clear()
 
@@ -129,6 +133,7 @@ def main(
                     torch.cuda.empty_cache()
     finally:
         budget.is_over()
+        ahead.end()
     finish()
 
 

@@ -1,15 +1,28 @@
 """The parts of `gpu.py`: what each of them measures."""
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_ahead import Ahead, Wanted
 from gpu_profile import profiled
-from gpu_rows import BASE, LATENCY, QUALITY, Rows, Say, Subject, attempt, bert, latency_variants, single
+from gpu_rows import (
+    BASE,
+    LATENCY,
+    PEER,
+    THROUGHPUT,
+    Rows,
+    Say,
+    Subject,
+    attempt,
+    bert,
+    latency_variants,
+    single,
+)
 from gpu_state import Budget, state
 from gpu_tables import (
     MILLISECONDS,
@@ -57,27 +70,42 @@ class Settings:
     profiled: int = 4  # batches
 
 
+def wanted(parts: Collection[str], settings: Settings) -> Iterator[Wanted]:
+    """What these parts compile, but for what torch.compile tries out on the device, which had better be idle then."""
+    large, trained = settings.texts
+    throughput, latency = ([recipe for _, recipe in each.values()] for each in (THROUGHPUT, LATENCY))
+    if {"A", "E", "G"} & set(parts):
+        yield from (Wanted(settings.title, recipe, large) for recipe in throughput)
+    if {"C", "D"} & set(parts):
+        yield from (Wanted(settings.checkpoint, recipe, trained) for recipe in throughput)
+    if {"B", "D"} & set(parts):
+        yield from (Wanted(settings.checkpoint, recipe, trained) for recipe in latency)
+    if "B" in parts:
+        yield from (Wanted(settings.title, recipe, large) for recipe in (*latency, PEER))
+        yield Wanted(settings.checkpoint, PEER, trained)
+
+
 class Parts:
     """Each public method is a part: it prints its tables, and returns what goes into the JSON file.
 
     `left_out` are rows that failed, and why; `states` those of the GPU at the end of each round.
     """
 
-    def __init__(self, settings: Settings, budget: Budget, say: Say) -> None:
-        self.settings, self.budget, self.say = settings, budget, say
+    def __init__(self, settings: Settings, budget: Budget, say: Say, ahead: Ahead) -> None:
+        self.settings, self.budget, self.say, self.ahead = settings, budget, say, ahead
         self.left_out, self.states = dict[str, str](), list[dict[str, float]]()
         self._verdicts = dict[str, Verification]()
 
     def throughput(self) -> dict[str, Any]:
         """A: windows a second, and shares of the peak."""
-        self._rows.eager()
         self._rows.ours()
+        self._rows.eager()
         return self._rounds("Throughput")
 
     def against_compile(self) -> dict[str, Any]:
         """G: the same against torch.compile, without eager float32."""
-        self._rows.eager()
         self._rows.ours()
+        self._rows.eager()
         self._rows.peers()
         self._rows.ready.pop(EXACT, None)
         return self._rounds("Throughput against torch.compile")
@@ -93,6 +121,7 @@ class Parts:
             title, inputs = f"1 × {length}, {subject.title}", single(subject, length)
             variants, errors, left_out = latency_variants(subject, ours, inputs)
             self.left_out |= {f"{title}: {name}": reason for name, reason in left_out.items()}
+            self.ahead.wait_for_all()
             found = measure(variants, inputs, rounds=self.settings.calls)
             self._look()
             print(f"\n### Latency: {title}, {self.settings.calls} rounds\n")
@@ -106,19 +135,19 @@ class Parts:
         whole = load_dataset(settings.squad) if settings.squad else load_dataset()
         data = drawn(whole, min(settings.questions, len(whole)) if settings.questions else None)
         models: dict[str, torch.nn.Module] = {EXACT: subject.model, BASE: subject.bf16}
-        for name, (_, recipe) in QUALITY.items():
+        for name, (_, recipe) in THROUGHPUT.items():
             self._try(f"quality of {name}", lambda name=name, recipe=recipe: models.update({name: self._kept(recipe)}))
         readers = {name: Reader(model, tokenizer, AnswerRule()) for name, model in models.items()}
         found = evaluate_together(readers, data, Batching(tokens=settings.tokens // 4))
         print(f"\n### Quality: {settings.checkpoint} on {data.name}, {len(data):,} questions\n")
-        precisions = {EXACT: "fp32", BASE: "bf16"} | {name: precision for name, (precision, _) in QUALITY.items()}
+        precisions = {EXACT: "fp32", BASE: "bf16"} | {name: precision for name, (precision, _) in THROUGHPUT.items()}
         return print_quality(found, EXACT, precisions)
 
     def checks(self) -> dict[str, Any]:
         """D: promises on the checkpoint."""
         print(f"\n### Promises: {self.settings.checkpoint}, on probes\n")
         print("| | promise | verdict | largest difference | error | allowed |\n|---|---|---|--:|--:|--:|")
-        recipes = {name: recipe for name, (_, recipe) in (QUALITY | LATENCY).items()}
+        recipes = {name: recipe for name, (_, recipe) in (THROUGHPUT | LATENCY).items()}
         for name, recipe in recipes.items():
             self._try(f"promise of {name}", lambda name=name, recipe=recipe: print_promise(name, self._checked(recipe)))
         return {name: asdict(self._verdicts[recipe]) for name, recipe in recipes.items() if recipe in self._verdicts}
@@ -141,12 +170,14 @@ class Parts:
 
     @cached_property
     def _large(self) -> Subject:
-        return Subject(self.settings.title, bert(self.settings.sizes, self.settings.device), self.say)
+        title, model = self.settings.title, bert(self.settings.sizes, self.settings.device)
+        return Subject(title, model, self.say, partial(self.ahead.wait, title))
 
     @cached_property
     def _trained(self) -> tuple[Subject, Any]:
         model, tokenizer = load(self.settings.checkpoint, self.settings.device)
-        return Subject(self.settings.checkpoint, model, self.say), tokenizer
+        title = self.settings.checkpoint
+        return Subject(title, model, self.say, partial(self.ahead.wait, title)), tokenizer
 
     @cached_property
     def _rows(self) -> Rows:
@@ -164,6 +195,7 @@ class Parts:
     def _rounds(self, title: str) -> dict[str, Any]:
         """All rows that are ready, and the peaks, taking turns."""
         settings, device = self.settings, self.settings.device
+        self.ahead.wait_for_all()
         self.left_out |= self._rows.left_out
         rows = {BASE: self._rows.ready[BASE]} | self._rows.ready
         a_round = sum(self._rows.first[name] * row.work.windows for name, row in rows.items())

@@ -26,6 +26,7 @@ from bert_evaluation.transformations.pruning import PruneFeedForward, PruneHeads
 from bert_evaluation.transformations.quantization import QuantizeLinears
 from bert_evaluation.transformations.splitting import SplitLinears
 from bert_evaluation.transformations.subexpressions import EliminateCommonSubexpressions
+from bert_evaluation.transformations.tanh_gelu import FuseTanhGelu
 from bert_evaluation.transformations.tiles import TileAttention, TileLinears
 
 REGISTRY: tuple[type[Transformation], ...] = (
@@ -54,6 +55,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     CastEmbeddings,
     QuantizeLinears,
     QuantizeToFloat8,
+    FuseTanhGelu,
     SplitLinears,
     TileLinears,
     TileAttention,
@@ -126,6 +128,7 @@ __all__ = [
     "FuseLinearActivation",
     "FuseResidual",
     "FuseSkipLayerNorm",
+    "FuseTanhGelu",
     "HoistMask",
     "LintAndRecompile",
     "MergeLinears",

@@ -6,13 +6,20 @@ from typing import Any
 
 import torch
 
-from bert_evaluation import float8, kernels, onednn
+from bert_evaluation import float8, kernels, onednn, tanh_gelu
 from bert_evaluation import graph as graphs
 from bert_evaluation.graph import Node
 
 aten = torch.ops.aten
 Size = int | str
-LINEARS = (aten.linear.default, onednn.POINTWISE, onednn.BINARY, kernels.LINEAR, float8.LINEAR)
+LINEARS = (
+    aten.linear.default,
+    onednn.POINTWISE,
+    onednn.BINARY,
+    kernels.LINEAR,
+    float8.LINEAR,
+    tanh_gelu.LINEAR_GELU,
+)
 PAIRS = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 ELEMENTWISE = (
     *(activation.operator for activation in onednn.ACTIVATIONS),
