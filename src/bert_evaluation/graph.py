@@ -151,11 +151,10 @@ def memory(node: Node) -> Node | str:
 
 def writes(node: Node) -> set[Node | str]:
     """The memory (see `memory`) that a node may write into."""
-    schema = getattr(node.target, "_schema", None)
     written = set[Node | str]()
-    if schema is None or is_pure(node):
+    if not is_mutable(node):
         return written
-    for index, argument in enumerate(schema.arguments):
+    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
             fx.map_arg(value, lambda source: written.add(memory(source)))
@@ -164,7 +163,8 @@ def writes(node: Node) -> set[Node | str]:
 
 def writer(node: Node) -> Node | None:
     """A node that writes in place into what this one returns, or shares the memory of; None if there is none."""
-    return next((each for each in node.graph.nodes if memory(node) in writes(each)), None)
+    own = memory(node)
+    return next((each for each in node.graph.nodes if own in writes(each)), None)
 
 
 def propagate(node: Node) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from bert_evaluation.partial_products import HALVES
 
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(linear(x, weight, bias)), approximated by tanh: x (..., inputs), weight (outputs, inputs), bias (outputs)."""
     if not (x.is_cuda and x.dtype in HALVES and x.numel()):

@@ -70,7 +70,9 @@ def test_torch_has_the_operator_that_it_stands_on():
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 32), (128, 1024, 4096), (77, 40, 24), (5, 7, 3)])
 def test_on_a_gpu(kind, rows, inputs, outputs):
-    x, weight, bias = (torch.randn(*size, device="cuda", dtype=kind) for size in ((1, rows, inputs), (outputs, inputs), (outputs,)))
+    x, weight, bias = (
+        torch.randn(*size, device="cuda", dtype=kind) for size in ((1, rows, inputs), (outputs, inputs), (outputs,))
+    )
     weight /= inputs**0.5
     exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
     allowed = torch.finfo(kind).eps
