@@ -45,10 +45,10 @@ class Ahead:
             for each in wanted
         }
 
-    def wait(self, model: str, recipe: str) -> None:
-        """Until it is compiled, or cannot be: then it cannot be here either, and that says why."""
-        if (process := self._running.pop((model, recipe), None)) is not None:
-            process.wait()
+    def wait(self, model: str, recipe: str) -> bool:
+        """Until it is compiled, or cannot be: then it cannot be here either, and that says why. Whether it was."""
+        process = self._running.pop((model, recipe), None)
+        return process is not None and process.wait() == 0
 
     def wait_for_all(self) -> None:
         """Until nothing is compiled beside the run any more, so that something can be timed."""

@@ -75,7 +75,7 @@ class Subject:
     `say` is told what was made, and in how many seconds.
     """
 
-    def __init__(self, title: str, model: nn.Module, say: Say, wait: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, title: str, model: nn.Module, say: Say, wait: Callable[[str], Any] = lambda _: None) -> None:
         self.title, self.model, self.say, self.wait = title, model, say, wait
         self.config: Any = model.config
         self.device = next(model.parameters()).device

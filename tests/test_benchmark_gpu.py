@@ -12,6 +12,8 @@ import pytest
 import torch
 from families import tiny
 from family_tokenizers import tokenizer
+from gpu_ahead import Ahead, Wanted
+from gpu_parts import Settings, wanted
 from gpu_profile import ATTENTION, ELEMENTWISE, MATRICES, QUANTISATION, REST, Profile, kind
 from gpu_rows import LARGE, SMALL, Rows, Subject, bert, single
 from gpu_work import DECILES, by_length, by_tokens, in_order, peaks, random_windows, useful_flops, work
@@ -79,6 +81,25 @@ def test_with_the_compiler(tmp_path, checkpoint):
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert set(found["parts"]) == set("BE"), found["left_out"]
     assert "ours bf16" in found["parts"]["E"]
+
+
+def test_what_is_wanted_is_made_beside_the_run(checkpoint):
+    model = str(checkpoint)
+    ahead = Ahead(CPU, [Wanted(model, recipe, 8) for recipe in ("RemoveDropout", "Nonsense", "MergeLinears")])
+    assert ahead.wait(model, "RemoveDropout")
+    assert not ahead.wait(model, "Nonsense")
+    assert not ahead.wait(model, "RemoveDropout")  # that is over
+    ahead.end()
+    ahead.wait_for_all()
+
+
+def test_each_part_names_what_it_compiles():
+    settings = Settings(CPU, "large", {}, "trained")
+    found = list(wanted("ABCDEG", settings))
+    assert len(set(found)) == len(found)
+    assert {each.model for each in found} == {"large", "trained"}
+    assert {each.recipe for each in found} == {each.recipe for each in wanted("AB", settings)}
+    assert not list(wanted("F", settings))
 
 
 def test_what_is_not_done_in_time_is_named(tmp_path):

@@ -397,7 +397,7 @@ def test_it_refuses_what_cannot_be_recorded(bert_graph):
         for node in inputs:  # as if it were there
             node.meta["val"] = torch.empty(node.meta["val"].shape, dtype=torch.int64, device="cuda")
     assert cuda_graphs.why_not(packed) == (
-        "unpad_default waits for the device to count its tokens, and what waits cannot be recorded;"
+        "places_default waits for the device to count its tokens, and what waits cannot be recorded;"
         " apply Compile() without cuda_graphs, or leave RemovePadding out."
     )
 

@@ -30,13 +30,13 @@ def same(graph, first, rest, inputs):
 def test_where_padding_goes(family):
     model = tiny(family)
     graph = compose(RemoveDropout(), FuseAttention(), RemovePadding())(capture(model))
-    place = next(graphs.calls(graph, varlen.UNPAD), None)
+    place = next(graphs.calls(graph, varlen.PLACES), None)
     if place is None:
         pytest.skip("nothing is packed in this family")
     first, rest = cut(graph, place)
     assert same(graph, first, rest, padded(model))
     # Nothing is computed twice, and the rest does not count tokens.
-    assert not list(graphs.calls(rest, varlen.UNPAD))
+    assert not list(graphs.calls(rest, varlen.PLACES))
     computed = {node.name for node in first.graph.nodes if node.op == "call_function"}
     again = {node.name for node in rest.graph.nodes if node.op == "call_function"} & computed
     assert all("sym_size" in name for name in again)

@@ -549,7 +549,7 @@ def test_packed_attention_of_any_lengths(attends, lengths, seed):
     q, k, v = (normal(1, sum(lengths), 24, seed=seed + i).to(attends) for i in range(3))
     found = PACKED(q, k, v, mask, 3, 0.4)
     padded = [varlen.pad(each, mask) for each in (q, k, v)]
-    expected = varlen.unpad(ATTENTION(*padded, mask[:, None, None], 3, 0.4), mask)
+    expected = varlen.unpad(ATTENTION(*padded, mask[:, None, None], 3, 0.4), varlen.places(mask))
     assert torch.allclose(found.float(), expected.float(), atol=0.02)
 
 
@@ -559,7 +559,7 @@ def test_attention_in_float16_is_computed_in_plain_pytorch():
     assert torch.equal(
         ATTENTION(q, q, q, mask[:, None, None], 3, 0.4), kernels.TWINS[ATTENTION](q, q, q, mask[:, None, None], 3, 0.4)
     )
-    packed = varlen.unpad(q, mask)
+    packed = varlen.unpad(q, varlen.places(mask))
     assert torch.equal(
         PACKED(packed, packed, packed, mask, 3, 0.4), kernels.TWINS[PACKED](packed, packed, packed, mask, 3, 0.4)
     )

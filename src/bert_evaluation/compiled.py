@@ -2,7 +2,8 @@
 
 Inductor fuses what stands between the large operators, and calls those from C++, without Python in between. What it
 would take apart for the worse stays one call: oneDNN's linears, whose packed weights it does not read, and lookups.
-On a CPU the code is a shared library, on CUDA what torch.compile makes of it, whose launches can be recorded.
+On a CPU the code is a shared library, on CUDA what torch.compile makes of it, whose launches can be recorded. So it is
+on a CPU with a torch before 2.13.
 """
 
 import shutil
@@ -151,7 +152,7 @@ class Compiled:
             self._countable.add(key)
 
     def _compile(self) -> Callable[..., Any]:
-        place = next(graphs.calls(self._graph, varlen.UNPAD), None)
+        place = next(graphs.calls(self._graph, varlen.PLACES), None)
         if place is None:
             return self._compiled(self._graph, self._signature)
         # How many tokens are packed, Inductor would take for any number, and fuse little. So they are packed before it,
@@ -168,7 +169,8 @@ class Compiled:
             # Float16 is looked up for bfloat16 where CastEmbeddings was; the result is checked like any other.
             warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)  # torch's own
-            return (_library if self._on_cpu else _in_time)(graph, signature, inputs, options)
+            way = _library if self._on_cpu and aot_inductor.is_there() else _in_time
+            return way(graph, signature, inputs, options)
 
     def _example_sizes(self, longest: Mapping[str, int]) -> dict[str, int]:
         """Sizes to compile with: each 3 more than the one before, but a usual length on CUDA where that is allowed."""

@@ -36,7 +36,7 @@ def why_not(graph: GraphModule) -> str | None:
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, Tensor) and value.device.type != "cuda":
             return f"CUDA graphs are for cuda, and the graph is on {value.device}; apply Compile() without cuda_graphs."
-        if node.target is varlen.UNPAD:
+        if node.target is varlen.PLACES:
             return (
                 f"{node.name} waits for the device to count its tokens, and what waits cannot be recorded;"
                 " apply Compile() without cuda_graphs, or leave RemovePadding out."

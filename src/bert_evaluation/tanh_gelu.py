@@ -11,7 +11,7 @@ from bert_evaluation.partial_products import HALVES
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(linear(x, weight, bias)) in the form with tanh: x (..., inputs), weight (outputs, inputs), bias (outputs)."""
+    """gelu(linear(x, weight, bias)) by tanh: x (..., inputs), weight (outputs, inputs), bias (outputs)."""
     if not (x.is_cuda and x.dtype in HALVES and x.numel()):
         return functional.gelu(functional.linear(x, weight, bias), approximate="tanh")
     found = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)

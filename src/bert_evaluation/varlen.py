@@ -14,10 +14,15 @@ from torch.nn import functional
 WIDEST = 128  # head that our own kernel is for
 
 
-@torch.library.custom_op("bert_evaluation::unpad", mutates_args=())
-def unpad(x: Tensor, mask: Tensor) -> Tensor:
-    """Pack x (batch, length, width): the tokens where mask (batch, length) is not 0. A GPU is waited for: how many?"""
-    return x[mask.bool()].unsqueeze(0)
+@torch.library.custom_op("bert_evaluation::places", mutates_args=())
+def places(mask: Tensor) -> Tensor:
+    """Which tokens are real, as their numbers in the batch: (1, tokens, 1). A GPU is waited for: how many are there?"""
+    return mask.flatten().nonzero().unsqueeze(0)
+
+
+def unpad(x: Tensor, places: Tensor) -> Tensor:
+    """Pack x (batch, length, ...): the tokens in those places, (1, tokens, ...)."""
+    return x.flatten(0, 1).index_select(0, places.flatten()).unsqueeze(0)
 
 
 @torch.library.custom_op("bert_evaluation::pad", mutates_args=())
@@ -75,10 +80,10 @@ def _by_length(
     return torch.cat(results, dim=1) if results else value.new_empty(value.shape)
 
 
-@unpad.register_fake
-def _(x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
+@places.register_fake
+def _(mask: Tensor) -> Tensor:
     tokens = torch.library.get_ctx().new_dynamic_size()
-    return x.new_empty(1, tokens, *x.shape[2:])
+    return mask.new_empty((1, tokens, 1), dtype=torch.int64)
 
 
 @pad.register_fake
@@ -96,6 +101,11 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:  # noqa: AR
     return value.new_empty(value.shape)
 
 
+_LIBRARY = torch.library.Library("bert_evaluation", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("unpad(Tensor x, Tensor places) -> Tensor")  # type: ignore[no-untyped-call]
+# A compiler sees through it, and looks up with what comes behind.
+_LIBRARY.impl("unpad", unpad, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+PLACES = torch.ops.bert_evaluation.places.default
 UNPAD = torch.ops.bert_evaluation.unpad.default
 PAD = torch.ops.bert_evaluation.pad.default
 OFFSETS = torch.ops.bert_evaluation.offsets.default

@@ -90,7 +90,7 @@ def test_every_family(subject):
     model, base, graph = subject
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(varlen.ATTENTION) == 2
-    assert targets.count(varlen.UNPAD) == targets.count(varlen.PAD) == 1
+    assert targets.count(varlen.PLACES) == targets.count(varlen.PAD) == 1
     assert aten.scaled_dot_product_attention.default not in targets
     assert aten.__and__.Tensor not in targets  # the old mask is gone
     assert graphs.input_names(graph) == graphs.input_names(base)
@@ -148,7 +148,7 @@ def test_any_mask(bert, bert_graph, packed, data, batch, length):
 def test_packing_and_padding(dtype):
     mask = torch.tensor(list(MASKS.values())).to(dtype)
     x = torch.randn(*mask.shape, 5).transpose(1, 2).contiguous().transpose(1, 2)
-    packed = varlen.unpad(x, mask)
+    packed = varlen.unpad(x, varlen.places(mask))
     assert packed.shape == (1, int(mask.sum()), 5)
     assert torch.equal(varlen.pad(packed, mask), x * mask[..., None])
 
@@ -156,13 +156,15 @@ def test_packing_and_padding(dtype):
 def test_attention_of_slices_and_of_neighbours_of_one_length():
     mask = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0], [1, 1, 1], [1, 0, 1]])
     query, key, value = torch.randn(5, 3, 24).split(8, dim=-1)
-    packed = [varlen.unpad(x, mask) for x in (query, key, value)]
-    sliced = varlen.unpad(torch.cat([query, key, value], dim=-1), mask).split(8, dim=-1)
+    packed = [varlen.unpad(x, varlen.places(mask)) for x in (query, key, value)]
+    sliced = varlen.unpad(torch.cat([query, key, value], dim=-1), varlen.places(mask)).split(8, dim=-1)
     found = varlen.ATTENTION(*packed, varlen.offsets(mask), 3, 2, 0.7)
     assert torch.equal(varlen.ATTENTION(*sliced, varlen.offsets(mask), 3, 2, 0.7), found)
     heads = (x.view(5, 3, 2, 4).transpose(1, 2) for x in (query, key, value))
     attended = nn.functional.scaled_dot_product_attention(*heads, mask.bool()[:, None, None, :], scale=0.7)
-    assert torch.allclose(found, varlen.unpad(attended.transpose(1, 2).reshape(5, 3, 8), mask), atol=1e-6)
+    assert torch.allclose(
+        found, varlen.unpad(attended.transpose(1, 2).reshape(5, 3, 8), varlen.places(mask)), atol=1e-6
+    )
 
 
 ORDERS = {

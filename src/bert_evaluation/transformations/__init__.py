@@ -83,8 +83,8 @@ PRESETS: Presets = {
 # On a GPU a call from Python costs more than most operators, so all of them are compiled.
 PRESETS_ON_CUDA: Presets = {
     "exact": (*CLEAN, Compile),
-    "bf16": (*CLEAN, CastToBFloat16, RemovePadding, Compile),
-    "fp16": (*CLEAN, CastToFloat16, RemovePadding, Compile),
+    "bf16": (*CLEAN, CastToBFloat16, RemovePadding, FuseTanhGelu, Compile),
+    "fp16": (*CLEAN, CastToFloat16, RemovePadding, FuseTanhGelu, Compile),
     "fp8": (*CLEAN, CastToBFloat16, RemovePadding, QuantizeToFloat8, Compile),
     "fastest": (*CLEAN, CastToBFloat16, RemovePadding, QuantizeToFloat8, Compile),
 }

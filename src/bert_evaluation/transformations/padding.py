@@ -3,10 +3,9 @@
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from bert_evaluation import varlen
 from bert_evaluation.graph import GraphModule, Node
@@ -14,6 +13,7 @@ from bert_evaluation.promise import Reassociates
 from bert_evaluation.signature import MASK
 from bert_evaluation.transformation import ReversibleTransformation, Site
 from bert_evaluation.transformations.heads import Attention, RefusedError, attentions, call, drop, heads_at
+from bert_evaluation.transformations.lookups import flat, packed
 from bert_evaluation.transformations.padding_mask import why_not_padding_mask
 from bert_evaluation.transformations.positions import closing, is_position_wise, shape, shapes, why_not_position_wise
 
@@ -23,9 +23,10 @@ aten = torch.ops.aten
 class RemovePadding(ReversibleTransformation):
     """Tokens of padding are left out of every operator, and each sequence attends to itself.
 
-        x = layer_norm(e, ...)                           p = unpad(e, attention_mask)
+        e = embedding(W, ids)                            p = places(attention_mask)
         ...                                              o = offsets(attention_mask)
-        ...                                              x = layer_norm(p, ...)
+        x = layer_norm(e, ...)                           e = embedding(W, unpad(ids, p))
+        ...                                              x = layer_norm(e, ...)
         a = attention(heads(q), ..., mask)   becomes     a = varlen_attention(q, k, v, o, length, heads, scale)
         ...                                              ...
         y = linear(z, W, b)                              y = pad(linear(z, W, b), attention_mask)
@@ -54,8 +55,10 @@ class RemovePadding(ReversibleTransformation):
         plan = _plan(site.node.graph)
         entry, inside = plan.entry, {*plan.packed, *(node for each in plan.attentions for node in each.inner)}
         with graph.graph.inserting_before(min(entry.users)):
-            unpadded = call(varlen.UNPAD, (entry, plan.mask), entry, _flat(entry.meta["val"]))
             marks = plan.mask.meta["val"]
+            one = marks.new_empty((*marks.shape, 1), dtype=torch.int64)
+            places = call(varlen.PLACES, (plan.mask,), entry, flat(one))
+            unpadded = packed(entry, places, plan.mask)
             offsets = call(varlen.OFFSETS, (plan.mask,), entry, varlen.OFFSETS(marks))
             length = call(aten.sym_size.int, (plan.mask, 1), entry, marks.shape[1])
         entry.replace_all_uses_with(unpadded, delete_user_cb=inside.__contains__)
@@ -64,12 +67,12 @@ class RemovePadding(ReversibleTransformation):
                 with graph.graph.inserting_after(node):
                     padded = call(varlen.PAD, (node, plan.mask), node, node.meta["val"])
                 node.replace_all_uses_with(padded, delete_user_cb=leaving.__contains__)
-            node.meta["val"] = _flat(node.meta.get("val"))
+            node.meta["val"] = flat(node.meta.get("val"))
         for each in plan.attentions:
             with graph.graph.inserting_before(each.result):
                 arguments = (*(split.args[0] for split in each.splits), offsets, length, each.heads, each.scale)
-                packed = call(varlen.ATTENTION, arguments, each.node, each.result.meta["val"])
-            each.result.replace_all_uses_with(packed)
+                attended = call(varlen.ATTENTION, arguments, each.node, each.result.meta["val"])
+            each.result.replace_all_uses_with(attended)
         drop(graph.graph, {node for each in plan.attentions for node in (*each.inner, each.result)})
 
 
@@ -96,9 +99,9 @@ def _plan(graph: fx.Graph) -> _Plan:
     entry = _entry(found[0])
     after = _dependents(entry)
     last, inner = closing(after), frozenset[Node]().union(*(each.inner for each in found))
-    packed = [node for node in after if node not in last and node not in inner]
-    _hold_packable(entry, packed, found, inner)
-    return _Plan(entry, mask, found, tuple(packed), frozenset(last))
+    inside = [node for node in after if node not in last and node not in inner]
+    _hold_packable(entry, inside, found, inner)
+    return _Plan(entry, mask, found, tuple(inside), frozenset(last))
 
 
 def _hold_packable(entry: Node, packed: list[Node], attentions: tuple[Attention, ...], inner: frozenset[Node]) -> None:
@@ -148,15 +151,3 @@ def _dependents(entry: Node) -> list[Node]:
         if node.op != "output" and any(source in found for source in node.all_input_nodes):
             found[node] = None
     return list(found)[1:]
-
-
-def _flat(value: Any) -> Any:
-    """The fake value of what is packed: of batch times length tokens, which is the most that there can be.
-
-    How many there are depends on what the mask holds. No expression of the inputs' sizes says that, and a size of which
-    nothing is known would be equal to no other; this one is the same for all that is packed together.
-    """
-    if not isinstance(value, Tensor):
-        return [_flat(each) for each in value] if isinstance(value, (list, tuple)) else value
-    batch, length, width = value.shape
-    return value.new_empty((1, batch * length, width))
