@@ -23,7 +23,7 @@ from bert_evaluation.graph import GraphModule
 
 SOURCES = ("aot_inductor.cpp", "aot_inductor_shims.cpp")
 # The loader of torch 2.11 ended the process on a machine with a GPU, and keeps to itself what an operator of ours says.
-LOWEST = (2, 13)
+LOWEST = "2.13"
 MOST = 32  # graphs that are kept compiled, some megabytes each: those that were used last
 # How a C function takes what an operator takes.
 IN_C = {
@@ -37,7 +37,7 @@ IN_C = {
 
 def is_there() -> bool:
     """Whether this torch has what libraries need."""
-    return torch.__version__ >= LOWEST
+    return bool(torch.__version__ >= LOWEST)  # as versions are ordered
 
 
 @cache
