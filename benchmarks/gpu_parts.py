@@ -200,7 +200,7 @@ class Parts:
         rows = {BASE: self._rows.ready[BASE]} | self._rows.ready
         a_round = sum(self._rows.first[name] * row.work.windows for name, row in rows.items())
         # The base has two turns a round, the peaks take some time, and there is a call of each before the first round.
-        rounds = max(2, min(settings.rounds, int(self.budget.left / (1.3 * a_round)) - 1))
+        rounds = max(2, min(settings.rounds, int(self.budget.left / (1.5 * a_round)) - 1))
 
         def call(name: str) -> float:
             if name in rows:

@@ -64,6 +64,7 @@ class Budget:
 
     def __init__(self, seconds: float) -> None:
         self.start, self.seconds = time.perf_counter(), seconds
+        self._over = threading.Lock()  # held by the one that ends the run: the main thread, or the timer
         self.left_out = dict[str, str]()
         self.now_doing = "the start"
 
@@ -89,6 +90,8 @@ class Budget:
         """When the time is up, do this, whatever is being done, such as compiling, and end the process."""
 
         def end() -> None:
+            if not self._over.acquire(blocking=False):
+                return
             self.left_out[self.now_doing] = f"not done within {self.seconds:.0f} s from the start"
             call()
             sys.stdout.flush()
@@ -100,7 +103,8 @@ class Budget:
         self._timer.start()
 
     def is_over(self) -> None:
-        """All was done in time: nothing is cut off any more."""
+        """All was done in time: nothing is cut off any more. If it is just being, this never returns."""
+        self._over.acquire()
         self._timer.cancel()
 
 

@@ -15,7 +15,7 @@ LOWEST: tl.constexpr = tl.constexpr(-1e30)  # below all scores
 LOG2_E = 1.4426950408889634
 SMALLEST = 1e-30  # factor of scores: what is not seen has a score of -inf, which times 0 would be no number
 # Queries and keys that a program computes at a time. Sequences of some hundred tokens leave less unused of small tiles.
-QUERIES, KEYS, WARPS, STAGES = 64, 64, 4, 3
+QUERIES, KEYS, WARPS, STAGES = 64, 32, 4, 3
 NARROWEST = 16  # rows and columns that a product of tiles has at least
 
 

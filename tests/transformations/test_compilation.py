@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_an_error_and_never_read(bert, compiled):
     with pytest.raises(ValueError, match=r"The graph reads a length of 530 at most, not of 531\."):
         compiled(**inputs_of(bert, 1, 531))
     # In a loop of Inductor's own, this would end the process.
-    with pytest.raises(RuntimeError, match="index out of range"):
+    with pytest.raises((RuntimeError, IndexError), match="index out of range"):
         compiled(**inputs | {"input_ids": inputs["input_ids"] + 1000})
 
 
@@ -234,6 +234,7 @@ def test_it_refuses_a_graph_that_writes_into_its_inputs():
     assert step.report.refused[0].reason == "add_ writes in place into what the graph is given or keeps."
 
 
+@pytest.mark.skipif(not aot_inductor.is_there(), reason="this torch has a loader of libraries that is not used")
 def test_what_inductor_cannot_compile_is_told_in_a_sentence(bert, bert_graph, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where nothing was compiled before
 

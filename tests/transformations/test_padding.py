@@ -108,6 +108,44 @@ def test_every_family(subject):
     assert torch.equal(run(graph_of_its_own, before), run(base, before))
 
 
+def test_embeddings_are_looked_up_for_real_tokens_only(subject):
+    model, base, graph = subject
+    lookups = list(graphs.calls(graph, aten.embedding.default))
+    if isinstance(model, MobileBertForQuestionAnswering):
+        assert all(node.args[1].target is not varlen.UNPAD for node in lookups)  # it packs what neighbours are part of
+        return
+    assert len(lookups) == len(list(graphs.calls(base, aten.embedding.default))) > 1
+    assert all(node.args[1].target is varlen.UNPAD for node in lookups)
+    assert len(list(graphs.calls(graph, varlen.UNPAD))) == len(lookups)
+
+
+def test_what_is_not_only_looked_up_is_packed_as_it_is():
+    class Encoder(torch.nn.Module):
+        """Its embeddings are mixed along the text before they are attended to."""
+
+        def __init__(self):
+            super().__init__()
+            self.words, self.linear = torch.nn.Embedding(99, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, input_ids, attention_mask):
+            x = self.words(input_ids) + self.words(input_ids).cumsum(1)
+            q = self.linear(x).view(*x.shape[:2], 2, 4).transpose(1, 2)
+            mask = attention_mask[:, None, None, :].bool()
+            found = torch.nn.functional.scaled_dot_product_attention(q, q, q, mask)
+            return found.transpose(1, 2).reshape(x.shape)
+
+    inputs = {"input_ids": torch.arange(15).view(3, 5), MASK: torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 5])}
+    base = capture(Encoder().eval(), inputs)
+    graph, step = graphs.fork(base), RemovePadding()
+    step(graph)
+    assert step.report.applied, step.report.refused
+    (unpad,) = graphs.calls(graph, varlen.UNPAD)
+    assert unpad.args[0].target is aten.add.Tensor
+    real = inputs[MASK].bool()
+    with torch.inference_mode():
+        assert torch.allclose(graph(**inputs)[real], base(**inputs)[real], atol=1e-6)
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_families_that_are_refused(family):
     graph = capture(tiny(family))
