@@ -40,6 +40,11 @@ def is_there() -> bool:
     return bool(torch.__version__ >= LOWEST)  # as versions are ordered
 
 
+def takes(graph: GraphModule) -> bool:
+    """Whether a library can be made of a graph: not of weights that oneDNN has packed, which lie in no strides."""
+    return is_there() and all(each.layout is torch.strided for each in graphs.tensors(graph).values())
+
+
 @cache
 def why_not_built() -> str | None:
     """Compile and load what libraries need, unless that is done; why that failed, if it did (see `extension`)."""
@@ -86,7 +91,7 @@ def library(
 
 def _key(graph: GraphModule, examples: Mapping[str, Tensor], *others: Mapping[str, Any]) -> str:
     taken = [f"{name} {each.dtype} {tuple(each.shape)}" for name, each in examples.items()]
-    strided = {name: each.stride() for name, each in graphs.tensors(graph).items() if each.layout is torch.strided}
+    strided = {name: each.stride() for name, each in graphs.tensors(graph).items()}
     about = [hashes.graph_hash(graph), hashes.constants_hash(graph), *taken, *map(str, (strided, *others, config()))]
     return hashlib.sha256("\n".join([*about, *extension.about_this_machine()]).encode()).hexdigest()[:16]
 

@@ -2,8 +2,8 @@
 
 Inductor fuses what stands between the large operators, and calls those from C++, without Python in between. What it
 would take apart for the worse stays one call: oneDNN's linears, whose packed weights it does not read, and lookups.
-On a CPU the code is a shared library, on CUDA what torch.compile makes of it, whose launches can be recorded. So it is
-on a CPU with a torch before 2.13.
+On a CPU the code is a shared library; on CUDA it is what torch.compile makes of it, whose launches can be recorded, and so
+it is on a CPU with a torch before 2.13, or with weights that oneDNN has packed.
 """
 
 import shutil
@@ -169,7 +169,7 @@ class Compiled:
             # Float16 is looked up for bfloat16 where CastEmbeddings was; the result is checked like any other.
             warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)  # torch's own
-            way = _library if self._on_cpu and aot_inductor.is_there() else _in_time
+            way = _library if self._on_cpu and aot_inductor.takes(graph) else _in_time
             return way(graph, signature, inputs, options)
 
     def _example_sizes(self, longest: Mapping[str, int]) -> dict[str, int]:

@@ -23,6 +23,10 @@ from bert_evaluation.transformations import (
     EliminateCommonSubexpressions,
     FoldConstants,
     FuseAttention,
+    FuseLinearActivation,
+    FuseResidual,
+    MergeLinears,
+    PackLinears,
     RemoveDropout,
     RemovePadding,
     parse_recipe,
@@ -246,6 +250,14 @@ def test_what_inductor_cannot_compile_is_told_in_a_sentence(bert, bert_graph, tm
         monkeypatch.setattr(aot_inductor, name, broken if name.startswith("aoti") else lambda: "no compiler")
         with pytest.raises(TransformationError, match=rf"TorchInductor cannot compile this graph: {why}$"):
             graph(**inputs_of(bert, 1, 4))
+
+
+def test_weights_that_onednn_has_packed_are_compiled_by_torch_compile(bert, bert_graph):
+    recipe = compose(MergeLinears(), FuseLinearActivation(anyway=True), FuseResidual(), PackLinears(), Compile())
+    graph = recipe(graphs.fork(bert_graph))
+    assert recipe.reports[-2].applied
+    assert not aot_inductor.takes(graph)
+    assert check(observe(bert), graph).kept
 
 
 def test_as_torch_compile_calls_it_where_launches_are_recorded(bert, plain, monkeypatch):
