@@ -2,8 +2,8 @@
 
 Inductor fuses what stands between the large operators, and calls those from C++, without Python in between. What it
 would take apart for the worse stays one call: oneDNN's linears, whose packed weights it does not read, and lookups.
-On a CPU the code is a shared library; on CUDA it is what torch.compile makes of it, whose launches can be recorded, and so
-it is on a CPU with a torch before 2.13, or with weights that oneDNN has packed.
+On a CPU the code is a shared library; on CUDA it is what torch.compile makes of it, whose launches can be recorded, and
+so it is on a CPU with a torch before 2.13, or with weights that oneDNN has packed.
 """
 
 import shutil
