@@ -1,5 +1,6 @@
 """Functions of each element, known by what they compute, however they are written."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,13 @@ class Found:
     activation: Activation
     nodes: tuple[Node, ...]
     source: Node
+
+
+def activations(nodes: Iterable[Node]) -> list[Found]:
+    """Every activation among a graph's nodes, but for those that are a part of another."""
+    found = [each for node in nodes if (each := activation_at(node)) is not None]
+    inner = {node for each in found for node in each.nodes[:-1]}
+    return [each for each in found if each.nodes[-1] not in inner]
 
 
 def activation_at(node: Node) -> Found | None:

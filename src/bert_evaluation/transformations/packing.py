@@ -13,7 +13,7 @@ from bert_evaluation import kernels, onednn
 from bert_evaluation.graph import GraphModule, Node
 from bert_evaluation.promise import Reassociates
 from bert_evaluation.transformation import ReversibleTransformation, Site
-from bert_evaluation.transformations.activations import activation_at
+from bert_evaluation.transformations.activations import activation_at, activations
 from bert_evaluation.transformations.linear import (
     free_name,
     readers,
@@ -48,9 +48,7 @@ class FuseLinearActivation(ReversibleTransformation):
 
     def sites(self, graph: GraphModule) -> Iterable[Site]:
         """Every activation."""
-        found = [each for node in graph.graph.nodes if (each := activation_at(node)) is not None]
-        inner = {node for each in found for node in each.nodes[:-1]}
-        return [Site(each.nodes[-1], each.nodes) for each in found if each.nodes[-1] not in inner]
+        return [Site(each.nodes[-1], each.nodes) for each in activations(graph.graph.nodes)]
 
     def why_not(self, site: Site) -> str | None:
         """Refuse an activation of what is no linear, or of one that others read too."""

@@ -9,7 +9,7 @@ from bert_evaluation.partial_products import HALVES
 from bert_evaluation.promise import Approximates
 from bert_evaluation.tanh_gelu import LINEAR_GELU
 from bert_evaluation.transformation import ReversibleTransformation, Site
-from bert_evaluation.transformations.activations import activation_at
+from bert_evaluation.transformations.activations import activation_at, activations
 from bert_evaluation.transformations.heads import call
 from bert_evaluation.transformations.linear import tensor_of, weight_and_bias, written_between
 
@@ -36,13 +36,8 @@ class FuseTanhGelu(ReversibleTransformation):
 
     def sites(self, graph: GraphModule) -> Iterable[Site]:
         """Every GELU, however it is written."""
-        found = [each for node in graph.graph.nodes if (each := activation_at(node)) is not None]
-        inner = {node for each in found for node in each.nodes[:-1]}
-        return [
-            Site(each.nodes[-1], each.nodes)
-            for each in found
-            if each.activation.name == "gelu" and each.nodes[-1] not in inner
-        ]
+        found = activations(graph.graph.nodes)
+        return [Site(each.nodes[-1], each.nodes) for each in found if each.activation.name == "gelu"]
 
     def why_not(self, site: Site) -> str | None:
         """Refuse a GELU of what is no linear, or of one that others read too, and where no product ends with it."""
