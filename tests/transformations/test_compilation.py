@@ -197,34 +197,45 @@ def test_the_first_call_of_a_measurement_has_the_time_of_compiling(bert, compile
     assert found.first_calls["Base"] < found.first_calls["Compiled"]
 
 
-def test_it_refuses_what_it_cannot_compile(bert_graph, monkeypatch):
-    def reason(graph):
-        step = Compile()
-        step(graph)
-        assert graphs.stand_in(graph) is None
-        assert step.report.applied == ()
-        return step.report.refused[0].reason
+def refused(graph):
+    step = Compile()
+    step(graph)
+    assert graphs.stand_in(graph) is None
+    assert step.report.applied == ()
+    return step.report.refused[0].reason
 
-    on_mps, unknown = graphs.fork(bert_graph), graphs.fork(bert_graph)
-    for node in on_mps.graph.find_nodes(op="placeholder"):
-        node.meta["val"] = node.meta["val"].new_empty(node.meta["val"].shape, device="mps")
-    assert reason(on_mps) == "Compile is for cpu and cuda, and the graph is on mps:0."
+
+def moved(graph, device):
+    """The graph as if it were on that device."""
+    twin = graphs.fork(graph)
+    for node in twin.graph.find_nodes(op="placeholder"):
+        node.meta["val"] = node.meta["val"].new_empty(node.meta["val"].shape, device=device)
+    return twin
+
+
+def test_it_refuses_what_it_cannot_compile(bert_graph, monkeypatch):
+    assert refused(moved(bert_graph, "mps")) == "Compile is for cpu and cuda, and the graph is on mps:0."
+    unknown = graphs.fork(bert_graph)
     next(iter(unknown.graph.find_nodes(op="placeholder"))).meta.pop("val")
-    assert reason(unknown) == "The graph does not know the shape of its input input_ids."
-    on_cuda = graphs.fork(bert_graph)
-    for node in on_cuda.graph.find_nodes(op="placeholder"):
-        node.meta["val"] = node.meta["val"].new_empty(node.meta["val"].shape, device="cuda")
+    assert refused(unknown) == "The graph does not know the shape of its input input_ids."
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert refused(graphs.fork(bert_graph)) == (
+        "TorchInductor needs a C++ compiler, and no-such-compiler is not there; install it, or name another as CXX."
+    )
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="this torch looks for a GPU that is not there",
+)
+def test_it_refuses_a_gpu_without_what_compiles_for_it(bert_graph, monkeypatch):
+    on_cuda = moved(bert_graph, "cuda")
     monkeypatch.setattr(compiled_graphs, "find_spec", lambda name: None)
-    assert reason(on_cuda) == "triton, which TorchInductor writes kernels for CUDA in, is not installed."
-    monkeypatch.undo()
+    assert refused(on_cuda) == "triton, which TorchInductor writes kernels for CUDA in, is not installed."
     monkeypatch.setattr(compiled_graphs, "find_spec", lambda name: name)
     monkeypatch.setenv("CC", "no-such-compiler")
-    assert reason(on_cuda) == (
+    assert refused(on_cuda) == (
         "Triton needs a C compiler, and no-such-compiler is not there; install it, or name another as CC."
-    )
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert reason(graphs.fork(bert_graph)) == (
-        "TorchInductor needs a C++ compiler, and no-such-compiler is not there; install it, or name another as CXX."
     )
 
 
