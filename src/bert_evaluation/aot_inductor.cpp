@@ -1,7 +1,9 @@
 // A graph that AOTInductor has compiled, as a class for Python. torch's own holds Python's lock while it runs: then no
 // other thread could answer another batch, and one that waits for its turn would keep the one that runs from going on.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/custom_class.h>
+#include <torch/library.h>
 
 namespace {
 
@@ -23,7 +25,21 @@ struct Library : torch::CustomClassHolder {
   std::vector<at::Tensor> run(std::vector<at::Tensor> inputs) { return loader.boxed_run(std::move(inputs)); }
 };
 
+struct Forward : c10::OperatorKernel {
+  const c10::OperatorHandle to;
+  explicit Forward(c10::OperatorHandle to) : to(std::move(to)) {}
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) { to.callBoxed(stack); }
+};
+
+// Let an operator of ours call another one, with what it is given. From Python, such a call would take its lock.
+void forward(const std::string& name, const std::string& to, const std::string& overload) {
+  static torch::Library library(torch::Library::IMPL, "bert_evaluation", c10::DispatchKey::CompositeExplicitAutograd, __FILE__, __LINE__);
+  const auto found = c10::Dispatcher::singleton().findSchemaOrThrow(to.c_str(), overload.c_str());
+  library.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Forward>(found)));
+}
+
 TORCH_LIBRARY_FRAGMENT(bert_evaluation, m) {
+  m.def("forward(str name, str to, str overload) -> ()", forward);
   m.class_<Library>("Library")
       .def(torch::init<const std::string&, int64_t>())
       .def("names", &Library::names)

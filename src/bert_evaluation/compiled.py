@@ -255,7 +255,11 @@ def _opaque(operator: Any) -> Any:
     signature = str(operator._schema)
     name = f"opaque_{signature[: signature.index('(')].replace('::', '_').replace('.', '_')}"
     _LIBRARY.define(name + signature[signature.index("(") :])  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, operator, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    if aot_inductor.is_there() and aot_inductor.why_not_built() is None:
+        to, _, overload = operator.name().partition(".")
+        torch.ops.bert_evaluation.forward(name, to, overload)
+    else:
+        _LIBRARY.impl(name, operator, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     fake = {onednn.POINTWISE: _fake_pointwise, onednn.BINARY: _fake_binary}.get(operator, operator)
     torch.library.register_fake(f"bert_evaluation::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.bert_evaluation, name).default

@@ -8,6 +8,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include "ahead.h"
 #include "endings.h"
 #include "share.h"
 #include "tiles.h"
@@ -26,6 +27,7 @@ constexpr bool kFetchesAhead = false;  // on AVX2 it gained nothing
 // Of float32: rows for which so many bytes of panels, in so many steps, are split.
 constexpr int64_t kSplitBlock = 512, kSplit = 1 << 20, kSplitSteps = 24;
 constexpr int64_t kFew = 24;  // rows that are multiplied in float32 itself: there the tiles would be half empty
+constexpr int64_t kAlone = 1 << 12;  // numbers that are rounded, or normalised, before another thread has begun
 constexpr float kLargest = 127;
 
 struct Arguments {
@@ -39,32 +41,10 @@ struct Arguments {
   float eps;
 };
 
-inline int64_t second_level_cache() {
-  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return bytes;
-}
-
 // What a step of a row is worth. NaN is above all.
 template <class T> float step_of(const T* x, int64_t inputs) {
   return std::max(std::bit_cast<float>(largest_size(x, inputs)), kLargest * std::numeric_limits<float>::min()) / kLargest;
 }
-
-// What will be read next of two panels, which are `apart`, on its way to the second-level cache, some lines at a time: from
-// the last one it comes too slowly to wait for it.
-struct Ahead {
-  const char *from = nullptr, *end = nullptr;
-  int64_t apart = 0, lines = 0;
-  // All of that, spread over so many times.
-  Ahead(const char* data, int64_t bytes, int64_t apart, int64_t times)
-      : from(data), end(data + bytes), apart(apart), lines(up(bytes, 64 * times) / (64 * times)) {}
-  Ahead() = default;
-  void fetch() {
-    for (const char* upto = std::min(end, from + 64 * lines); from < upto; from += 64) {
-      __builtin_prefetch(from, 0, 2);
-      __builtin_prefetch(from + apart, 0, 2);
-    }
-  }
-};
 
 template <class Kind, class T>
 struct Linear {
@@ -295,13 +275,13 @@ struct Linear {
       return;
     }
     const Block block = room(0, end);
-    if (!in_place) at::parallel_for(0, end, 8, [&](int64_t from, int64_t to) { prepare_rows(block, from, to); });
+    if (!in_place) at::parallel_for(0, end, up(kAlone, of.inputs) / of.inputs, [&](int64_t from, int64_t to) { prepare_rows(block, from, to); });
     else if (end > of.rows) prepare_rows(block, end - kTile, end);
     at::parallel_for(0, pairs, 1, [&](int64_t from, int64_t to) {
       Tiles tiles;
       multiply_all(tiles, block, from, to);
     });
-    if (norms) at::parallel_for(0, of.rows, 8, [&](int64_t from, int64_t to) { norm_rows(block, from, to); });
+    if (norms) at::parallel_for(0, of.rows, up(kAlone, of.outputs) / of.outputs, [&](int64_t from, int64_t to) { norm_rows(block, from, to); });
   }
 };
 
