@@ -26,12 +26,6 @@ SCHEMAS = {
     "attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt heads, float scale) -> Tensor",
     "packed_attention": "(Tensor query, Tensor key, Tensor value, Tensor mask, SymInt heads, float scale) -> Tensor",
 }
-# By the type of a weight: what multiplies it on a processor with AVX-512, as torch and as people call it.
-INSTRUCTIONS = {
-    torch.int8: ("avx512_vnni", "VNNI"),
-    torch.bfloat16: ("avx512_bf16", "AVX-512 with BF16"),
-    torch.float32: ("amx_tile", "AMX, without which products of bfloat16 are no faster than those of float32"),
-}
 TYPES_OF_ATTENTION = {"cpu": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16, torch.float16)}
 
 
@@ -39,23 +33,13 @@ def why_not(kind: torch.dtype, device: torch.device) -> str | None:
     """Why there are no kernels for weights of this type, if so. The first call compiles them, in some seconds."""
     if device.type != "cpu":
         return f"The kernels are for a CPU, and the graph is on {device}."
-    name, called = INSTRUCTIONS[kind]
     able = torch.cpu.get_capabilities()
     if not able.get("avx2"):
         return "This processor has no AVX2."
-    if _on_avx512() and not able.get(name):
-        return f"This processor has no {called}."
-    if (reason := why_not_built()) is not None:
-        return reason
-    if _on_avx512() and kind is torch.float32 and not torch.ops.bert_evaluation.uses_amx():
-        return "The system, or BERT_EVALUATION_AMX=0, keeps this process from AMX, which float32 needs to be faster."
-    return None
-
-
-def _on_avx512() -> bool:
-    """Whether what is compiled here is for AVX-512; else it is for AVX2 (see `simd.h`)."""
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_f") and able.get("avx512_vnni"))
+    # What is compiled on AVX-512 with VNNI is for it, else it is for AVX2 (see `simd.h`).
+    if kind is torch.bfloat16 and able.get("avx512_f") and able.get("avx512_vnni") and not able.get("avx512_bf16"):
+        return "This processor has no AVX-512 with BF16."
+    return why_not_built()
 
 
 def why_no_attention(kind: torch.dtype, width: int, device: torch.device) -> str | None:
@@ -69,14 +53,13 @@ def why_no_attention(kind: torch.dtype, width: int, device: torch.device) -> str
         return "triton, which the kernel is written in, is not installed." if find_spec("triton") is None else None
     if width % 2:
         return "A head's width is odd."
-    # In float32 it is computed in plain vectors, not in tiles: wherever there are kernels at all, which int8 says.
-    return why_not(torch.int8 if kind is torch.float32 else kind, device)
+    return why_not(kind, device)
 
 
 def prepare(graph: GraphModule) -> GraphModule:
     """Load the kernels that a graph calls, such as one that was read from a file, if this machine can have them."""
     if any(node.target in TWINS for node in graph.graph.nodes):
-        any(why_not(kind, torch.device("cpu")) is None for kind in INSTRUCTIONS)
+        why_not(torch.int8, torch.device("cpu"))
     return graph
 
 
@@ -118,7 +101,6 @@ def _define(name: str, equal: Any, fake: Any) -> tuple[Any, Any]:
 
 
 _LIBRARY = torch.library.Library("bert_evaluation", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("uses_amx() -> bool")  # type: ignore[no-untyped-call]
 LINEAR, _plain_linear = _define("linear", reference.linear, _fake_linear)
 ATTENTION, _plain_attention = _define("attention", reference.attention, _fake_attention)
 PACKED_ATTENTION, _plain_packed_attention = _define("packed_attention", varlen.attention, _fake_attention)

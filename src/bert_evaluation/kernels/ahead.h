@@ -11,19 +11,16 @@ inline int64_t second_level_cache() {
   return bytes;
 }
 
-// Two panels, which are `apart`, some lines at a time: from the last cache they come too slowly to wait for.
+// Some panels, which are `apart`, some lines at a time: from the last cache they come too slowly to wait for.
 struct Ahead {
-  const char *from = nullptr, *end = nullptr;
-  int64_t apart = 0, lines = 0;
-  // All of that, spread over so many times.
-  Ahead(const char* data, int64_t bytes, int64_t apart, int64_t times)
-      : from(data), end(data + bytes), apart(apart), lines(up(bytes, 64 * times) / (64 * times)) {}
-  Ahead() = default;
+  const char *from, *end;
+  int64_t panels, apart, lines;
+  // So many bytes of each, spread over so many times.
+  Ahead(const char* data, int64_t bytes, int64_t panels, int64_t apart, int64_t times)
+      : from(data), end(data + bytes), panels(panels), apart(apart), lines(up(bytes, 64 * times) / (64 * times)) {}
   void fetch() {
-    for (const char* upto = std::min(end, from + 64 * lines); from < upto; from += 64) {
-      __builtin_prefetch(from, 0, 2);
-      __builtin_prefetch(from + apart, 0, 2);
-    }
+    for (const char* upto = std::min(end, from + 64 * lines); from < upto; from += 64)
+      for (int64_t i = 0; i < panels; i++) __builtin_prefetch(from + i * apart, 0, 2);
   }
 };
 

@@ -81,7 +81,6 @@ at::Tensor linear_or_equal(const at::Tensor& x, const at::Tensor& weight, const 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bert_evaluation, CompositeExplicitAutograd, m) { m.impl("uses_amx", amx_allowed); }
 TORCH_LIBRARY_IMPL(bert_evaluation, CPU, m) { m.impl("linear", linear_or_equal); }
 
 }  // namespace bert_evaluation

@@ -16,17 +16,21 @@
 namespace bert_evaluation {
 
 constexpr int64_t kBlock = 128;  // rows whose numbers and sums stay in the second-level cache, or twice as many,
-// and so many steps of them. In float32 on AVX-512 it is a pair of panels that stays, in the first-level cache.
+// and so many steps of them; and so many pairs of panels that are multiplied at once. In float32 on AVX-512 it is these
+// panels that stay, in the first-level cache.
 #ifdef BERT_EVALUATION_AVX512
-template <class Kind> constexpr int64_t kSteps = std::is_same_v<Kind, Float32> ? 8 : 1 << 20;
+template <class Kind> constexpr int64_t kSteps = std::is_same_v<Kind, Float32> ? 4 : 1 << 20;
+template <class Kind> constexpr int64_t kPairs = std::is_same_v<Kind, Float32> ? 2 : 1;
 constexpr bool kFetchesAhead = true;
 #else
 template <class Kind> constexpr int64_t kSteps = 24;
+template <class Kind> constexpr int64_t kPairs = 1;
 constexpr bool kFetchesAhead = false;  // on AVX2 it gained nothing
 #endif
+constexpr int64_t kSums = 1 << 18;  // bytes of sums that wait for more steps
 // Of float32: rows for which so many bytes of panels, in so many steps, are split.
 constexpr int64_t kSplitBlock = 512, kSplit = 1 << 20, kSplitSteps = 24;
-constexpr int64_t kFew = 24;  // rows that are multiplied in float32 itself: there the tiles would be half empty
+constexpr int64_t kFew = 32;  // rows that are multiplied in float32 itself: panels would be split for one tile of them
 constexpr int64_t kAlone = 1 << 12;  // numbers that are rounded, or normalised, before another thread has begun
 constexpr float kLargest = 127;
 
@@ -89,9 +93,9 @@ struct Linear {
     }
   }
 
-  // One row of a tile of sums, from column `column` on, to where it belongs: `to` or, in float32, `sums`.
-  void finish(const sum* from, int64_t row, int64_t column, float scale, float* sums) const {
-    for (int half = 0; half < 2; half++, from += kLanes, column += kLanes) {
+  // One row of a tile of sums, to where it belongs: the result or, in float32, `sums`.
+  void finish(const sum* from, int64_t row, int64_t column, int64_t end, float scale, float* sums) const {
+    for (; column < end; from += kLanes, column += kLanes) {
       const int64_t lanes = of.outputs - column, place = row * of.outputs + column;
       Floats y = load(from);
       if constexpr (is_int8) y = y * (load(of.scales + column, lanes) * scale);
@@ -114,20 +118,20 @@ struct Linear {
   // take different parts of the processor.
   struct Waiting {
     const sum* from = nullptr;
-    int64_t row = 0, rows = 0, column = 0, done = 0;
+    int64_t row = 0, rows = 0, column = 0, columns = 0, done = 0;
   };
 
   void finish(Waiting& tile, int64_t upto, const Block& block) const {
     for (; tile.done < upto; tile.done++) {
       const int64_t row = tile.row + tile.done, place = row - block.begin;
-      finish(tile.from + tile.done * kTile, row, tile.column, block.scales ? block.scales[place] : 1,
+      finish(tile.from + tile.done * tile.columns, row, tile.column, tile.column + tile.columns, block.scales ? block.scales[place] : 1,
              block.sums ? block.sums + place * of.outputs : nullptr);
     }
   }
 
-  // `sums` (32 x 32) of a block's rows from `row` on and of a pair of panels, which lie at `right`, from step `start` on.
-  // `between` is called after each turn, of which a step has as many as a product has terms.
-  template <class Between>
+  // `sums` (32 x 32, or more) of a block's rows from `row` on and of pairs of panels, which lie at `right`, from step `start`
+  // on. `between` is called after each turn, of which a step has as many as a product has terms.
+  template <int64_t pairs = 1, class Between>
   void multiply(const Tiles& tiles, const Block& block, int64_t row, const Factor& right, int64_t start, int64_t end, sum* sums,
                 Waiting& waiting, const Between& between) const {
     const bool direct = in_place && row + kTile <= of.rows;
@@ -135,39 +139,52 @@ struct Linear {
     const Factor rows = direct ? Factor{(const char*)x(row) + start * row_step<Kind>, of.stride * (int64_t)sizeof(T), row_step<Kind>}
                                : Factor{prepared + start * Kind::parts * part, row_step<Kind>, Kind::parts * part, part};
     const float pace = (float)waiting.rows / ((end - start) * std::size(Kind::terms));
-    tiles.template multiply<Kind>(rows, std::min<int64_t>(kTile, of.rows - row), right, end - start, sums, kTile, start > 0, [&](int64_t turn) {
+    tiles.template multiply<Kind, 2 * pairs>(rows, std::min<int64_t>(kTile, of.rows - row), right, end - start, sums, pairs * kTile, start > 0, [&](int64_t turn) {
       between(turn);
       finish(waiting, (int64_t)(pace * (turn + 1)), block);
     });
     finish(waiting, waiting.rows, block);
   }
 
-  Waiting made(const sum* sums, int64_t row, int64_t pair) const {
-    return {sums, row, std::min<int64_t>(kTile, of.rows - row), kTile * pair, 0};
+  Waiting made(const sum* sums, int64_t row, int64_t pair, int64_t pairs = 1) const {
+    return {sums, row, std::min<int64_t>(kTile, of.rows - row), kTile * pair, kTile * pairs, 0};
   }
 
   // All tiles of a block's rows and of pairs of panels. The rows of a block stay in the cache, panels pass by; so many
-  // steps at a time that both fit.
+  // steps at a time that both fit, and so many pairs that the sums that wait for more steps do.
   void multiply(const Tiles& tiles, const Block& block, int64_t first_pair, int64_t last_pair) const {
     static thread_local Buffer<sum> sum_tiles;
-    const int64_t most = std::min(steps, kSteps<Kind>), rows = (block.end - block.begin) / kTile;
-    // Sums that wait for more steps each have their place; two of those that do not take turns.
-    const int64_t places = steps > most ? std::max<int64_t>(2, rows * (last_pair - first_pair)) : 2;
-    sum* sums = sum_tiles.get(places * kTile * kTile);
+    const int64_t most = std::min(steps, kSteps<Kind>), rows = (block.end - block.begin) / kTile, all = last_pair - first_pair;
+    const bool wait = steps > most;
+    constexpr int64_t tile_size = kTile * kTile * kPairs<Kind>;
+    const int64_t fit = kSums / (rows * tile_size * (int64_t)sizeof(sum)) * kPairs<Kind>;
+    const int64_t group = wait ? std::min(all, std::max(fit, kPairs<Kind>)) : all;
+    const int64_t places = wait ? std::max<int64_t>(2, up(group, kPairs<Kind>) / kPairs<Kind> * rows) : 2;  // two that do not wait take turns
+    sum* sums = sum_tiles.get(places * tile_size);
     Waiting waiting;
-    const bool panels_stay = !kFetchesAhead || 2 * panel * (last_pair - first_pair) <= second_level_cache() * 3 / 4;
-    for (int64_t start = 0; start < steps; start += most) {
-      const int64_t end = std::min(steps, start + most);
-      int64_t number = 0;
-      for (int64_t pair = first_pair; pair < last_pair; pair++) {
-        const bool last = pair + 1 == last_pair;
-        const int64_t next = last ? first_pair : pair + 1, then = !last ? start : end < steps ? end : 0;
-        const int64_t bytes = panels_stay ? 0 : std::min(most, steps - then) * panel_step<Kind>;
-        Ahead ahead(of.weight + 2 * panel * next + then * panel_step<Kind>, bytes, panel, rows * (end - start));
-        for (int64_t row = block.begin; row < block.end; row += kTile, number++) {
-          sum* tile = sums + number % places * kTile * kTile;
-          multiply(tiles, block, row, {of.weight + 2 * pair * panel + start * panel_step<Kind>, panel, panel_step<Kind>}, start, end, tile, waiting, [&](int64_t) { ahead.fetch(); });
-          waiting = end == steps ? made(tile, row, pair) : Waiting{};
+    const bool panels_stay = !kFetchesAhead || 2 * panel * all <= second_level_cache() * 3 / 4;
+    for (int64_t begin = first_pair; begin < last_pair; begin += group) {
+      const int64_t behind = std::min(last_pair, begin + group);
+      if (wait) finish(waiting, waiting.rows, block);  // before its memory is used again
+      for (int64_t start = 0; start < steps; start += most) {
+        const int64_t end = std::min(steps, start + most);
+        const bool more = end < steps;
+        int64_t number = 0;
+        for (int64_t pair = begin; pair < behind; pair += kPairs<Kind>) {
+          const bool last = pair + kPairs<Kind> >= behind;
+          const int64_t next = !last ? pair + kPairs<Kind> : more ? begin : behind < last_pair ? behind : first_pair;
+          const int64_t then = !last ? start : more ? end : 0;
+          const int64_t bytes = panels_stay ? 0 : std::min(most, steps - then) * panel_step<Kind>;
+          Ahead ahead(of.weight + 2 * panel * next + then * panel_step<Kind>, bytes, 2 * std::min(kPairs<Kind>, last_pair - next), panel, rows * (end - start));
+          const Factor right{of.weight + 2 * pair * panel + start * panel_step<Kind>, panel, panel_step<Kind>};
+          for (int64_t row = block.begin; row < block.end; row += kTile, number++) {
+            sum* tile = sums + number % places * tile_size;
+            const auto fetch = [&](int64_t) { ahead.fetch(); };
+            const int64_t pairs = std::min(kPairs<Kind>, behind - pair);
+            if (pairs == kPairs<Kind>) multiply<kPairs<Kind>>(tiles, block, row, right, start, end, tile, waiting, fetch);
+            else multiply(tiles, block, row, right, start, end, tile, waiting, fetch);
+            waiting = more ? Waiting{} : made(tile, row, pair, pairs);
+          }
         }
       }
     }
@@ -206,36 +223,6 @@ struct Linear {
     finish(waiting, waiting.rows, block);
   }
 
-  // The same of 32 rows at most: each step of two panels is split while the one before is multiplied.
-  void multiply_few_split(const Tiles& tiles, const Block& block, int64_t first_pair, int64_t last_pair) const {
-    constexpr int64_t numbers = kPanel * Kind::step, size = Kind::parts * numbers;  // of a panel in a step; of that, split
-    constexpr int64_t rows = Kind::step / 2, turns = std::size(Kind::terms);        // pairs of rows of a panel in a step
-    alignas(64) bfloat16 ring[2][2 * size];
-    alignas(64) float sums[2][kTile * kTile];
-    Waiting waiting;
-    for (int64_t pair = first_pair; pair < last_pair; pair++) {
-      const float* const panels = (const float*)of.weight + 2 * pair * steps * numbers;
-      // Some pairs of rows of a step; those of the two panels lie behind each other.
-      const auto split_rows = [&](int64_t step, int64_t from, int64_t to) {
-        for (int64_t n = from; n < to; n++) {
-          const float* even = panels + (n / rows * steps + step) * numbers + n % rows * 2 * kPanel;
-          split_pair(even, even + kPanel, ring[step % 2] + n / rows * size + n % rows * 2 * kPanel, numbers);
-        }
-        asm volatile("" : : : "memory");  // GCC does not know that tiles read it
-      };
-      split_rows(0, 0, 2 * rows);
-      const int64_t bytes = steps * numbers * sizeof(float);
-      Ahead ahead((const char*)panels + 2 * bytes, pair + 1 < last_pair ? bytes : 0, bytes, steps * turns);
-      multiply(tiles, block, block.begin, {ring, 2 * size, 4 * size, panel_step<Kind>, true}, 0, steps, sums[pair % 2], waiting, [&](int64_t turn) {
-        ahead.fetch();
-        const int64_t next = turn / turns + 1, part = turn % turns;
-        if (next < steps) split_rows(next, 2 * rows * part / turns, 2 * rows * (part + 1) / turns);
-      });
-      waiting = made(sums[pair % 2], block.begin, pair);
-    }
-    finish(waiting, waiting.rows, block);
-  }
-
   void run() const {
     static thread_local Buffer<char> row_buffer;
     static thread_local Buffer<float> scale_buffer, sum_buffer;
@@ -250,7 +237,7 @@ struct Linear {
       prepare(from, to, block.rows + (from - block.begin) / kTile * tile_bytes, block.scales + (from - block.begin));
     };
     auto multiply_all = [&](const Tiles& tiles, const Block& block, int64_t from, int64_t to) {
-      if constexpr (is_split) block.end - block.begin > kTile ? multiply_split(tiles, block, from, to) : multiply_few_split(tiles, block, from, to);
+      if constexpr (is_split) multiply_split(tiles, block, from, to);
       else multiply(tiles, block, from, to);
     };
     auto norm_rows = [&](const Block& block, int64_t from, int64_t to) {

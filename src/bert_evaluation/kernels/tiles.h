@@ -83,12 +83,10 @@ template <class Kind> constexpr int64_t row_step = Kind::step * sizeof(typename 
 template <class Kind> constexpr int64_t panel_step = kPanel * Kind::step * sizeof(typename Kind::right);
 
 // One side of a product: where it begins, and how far apart its rows (or panels), its steps and its parts are, in bytes.
-// Of a ring, only two steps are there at a time, and take turns.
 struct Factor {
   const void* data;
   int64_t stride, step, part = 0;
-  bool ring = false;
-  const char* at(int64_t k, int i) const { return (const char*)data + (ring ? k % 2 : k) * step + i * part; }
+  const char* at(int64_t k, int i) const { return (const char*)data + k * step + i * part; }
 };
 
 // Whether the system lets this process use AMX; it has to be asked for once. BERT_EVALUATION_AMX=0 does without.
@@ -141,12 +139,12 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
 
   // c (32 x 32) = the first `count` of 32 rows times two panels, or as much `more`; others may be anything. `between` is
-  // called after each term of each step with its number, or after the last one.
-  template <class Kind, class Between>
+  // called after each term of each step with its number, or after the last one. Of four panels, c is 64 wide.
+  template <class Kind, int size = 2, class Between>
   void multiply(const Factor& rows, int64_t count, const Factor& panels, int64_t steps, typename Kind::sum* c, int64_t c_stride,
                 bool more, Between&& between) const {
 #ifdef BERT_EVALUATION_AVX512
-    if constexpr (std::is_same_v<Kind, Float32>) return multiply_float32(rows, count, panels, steps, c, c_stride, more, between);
+    if constexpr (std::is_same_v<Kind, Float32>) return multiply_float32<size>(rows, count, panels, steps, c, c_stride, more, between);
 #ifdef BERT_EVALUATION_HAS_AMX
     else if (amx) return multiply_amx<Kind>(rows, panels, steps, c, c_stride, more, between);
 #endif

@@ -57,47 +57,50 @@ inline void multiply_avx512(const Factor& rows, int64_t count, const Factor& pan
   for (int64_t k = 0; k < steps; k++) between(k);
 }
 
-// Some rows of float32 times two panels.
-template <int count, class Between>
-inline void multiply_rows(const Factor& rows, const Factor& panels, int64_t steps, float* c, int64_t c_stride, bool more,
-                          Between&& between) {
-  __m512 sums[count][2] = {};
+// Some rows of float32 times two or four panels.
+template <int count, int panels>
+inline void multiply_rows(const Factor& rows, const Factor& right, int64_t steps, float* c, int64_t c_stride, bool more) {
+  __m512 sums[count][panels] = {};
   for (int64_t k = 0; k < steps; k++) {
-    const char *left = rows.at(k, 0), *right = panels.at(k, 0);
-    for (int64_t n = 0; n < Float32::step; n++, left += 4, right += kGroupBytes) {
-      const __m512 one = _mm512_loadu_ps(right), other = _mm512_loadu_ps(right + panels.stride);
+    const char* from = right.at(k, 0);
+    const float* left[count];
+    for (int i = 0; i < count; i++) {
+      left[i] = (const float*)(rows.at(k, 0) + i * rows.stride);
+      asm("" : "+r"(left[i]));  // else GCC reads their distances from memory for each number
+    }
+    for (int64_t n = 0; n < Float32::step; n++, from += kGroupBytes) {
+      __m512 columns[panels];
+#pragma GCC unroll 4
+      for (int j = 0; j < panels; j++) columns[j] = _mm512_loadu_ps(from + j * right.stride);
 #pragma GCC unroll 12
       for (int i = 0; i < count; i++) {
-        const __m512 row = _mm512_set1_ps(*(const float*)(left + i * rows.stride));
-        sums[i][0] = _mm512_fmadd_ps(row, one, sums[i][0]);
-        sums[i][1] = _mm512_fmadd_ps(row, other, sums[i][1]);
+        const __m512 row = _mm512_set1_ps(left[i][n]);
+#pragma GCC unroll 4
+        for (int j = 0; j < panels; j++) sums[i][j] = _mm512_fmadd_ps(row, columns[j], sums[i][j]);
       }
     }
-    between();
   }
   for (int i = 0; i < count; i++)
-    for (int j = 0; j < 2; j++) {
+    for (int j = 0; j < panels; j++) {
       float* to = c + i * c_stride + j * kPanel;
       _mm512_storeu_ps(to, more ? _mm512_add_ps(_mm512_loadu_ps(to), sums[i][j]) : sums[i][j]);
     }
 }
 
-template <class Between>
-inline void multiply_float32(const Factor& rows, int64_t count, const Factor& panels, int64_t steps, float* c, int64_t c_stride,
+template <int panels, class Between>
+inline void multiply_float32(const Factor& rows, int64_t count, const Factor& right, int64_t steps, float* c, int64_t c_stride,
                              bool more, Between&& between) {
-  constexpr int64_t most = 12;  // rows whose sums fit into registers
+  constexpr int64_t most = 24 / panels;  // rows whose sums fit into registers
   const int64_t passes = up(count, most) / most;
-  int64_t calls = 0;
-  const auto spread = [&] {  // over all passes, so that what is fetched comes while they multiply
-    if (++calls % passes == 0) between(calls / passes - 1);
-  };
   const auto multiply = [&]<size_t... i>(int64_t row, int64_t size, std::index_sequence<i...>) {
     const Factor left{(const char*)rows.data + row * rows.stride, rows.stride, rows.step};
-    ((size == i + 1 ? multiply_rows<i + 1>(left, panels, steps, c + row * c_stride, c_stride, more, spread) : void()), ...);
+    ((size == i + 1 ? multiply_rows<i + 1, panels>(left, right, steps, c + row * c_stride, c_stride, more) : void()), ...);
   };
-  for (int64_t pass = 0; pass < passes; pass++) {
+  for (int64_t pass = 0, turn = 0; pass < passes; pass++) {
     const int64_t row = count * pass / passes;
     multiply(row, count * (pass + 1) / passes - row, std::make_index_sequence<most>());
+    // Spread over all passes, so that what is fetched comes while they multiply.
+    for (; turn < steps * (pass + 1) / passes; turn++) between(turn);
   }
 }
 
