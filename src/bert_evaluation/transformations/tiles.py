@@ -36,12 +36,12 @@ class TileLinears(ReversibleTransformation):
 
         y = linear(x, W, b)        becomes        y = bert_evaluation.linear(x, packed W, None, b, outputs)
 
-    In bfloat16 or float32. On AMX, float32 is the sum of three bfloat16, and six products of those, faster there than one
-    in float32, are as near to the product (Henry, Tang and Heinecke, 2019, arXiv:1904.06376). Sums, and the bias, are
-    float32, as before. The packed weight takes the place of the plain one, and as much memory; it is the same on every
-    processor. What follows can go into the operator: `FuseLinearActivation`, `FuseResidual`, `FuseSkipLayerNorm`. A
-    processor without kernels is refused unless `anyway`: then in plain PyTorch, slowly. A site is one weight, wherever
-    applied.
+    In bfloat16 or float32. On AMX, float32 is the sum of three bfloat16, and six products of those, faster there than
+    one in float32, are as near to the product (Henry, Tang and Heinecke, 2019, arXiv:1904.06376). Sums, and the bias,
+    are float32, as before. The packed weight takes the place of the plain one, and as much memory; it is the same on
+    every processor. What follows can go into the operator: `FuseLinearActivation`, `FuseResidual`,
+    `FuseSkipLayerNorm`. A processor without kernels is refused unless `anyway`: then in plain PyTorch, slowly. A site
+    is one weight, wherever applied.
     """
 
     promise = Reassociates()
