@@ -258,6 +258,15 @@ def test_kernels_against_the_reference(kind, given):
     assert bool(((found.float() - expected.float()).abs() <= allowed(x, weight, bias, end, kind)).all())
 
 
+@pytest.mark.parametrize("outputs", [700, 1500])
+def test_more_than_fits_into_caches_at_once(kind, outputs):
+    x, weight, bias = normal(300, 900), normal(outputs, 900, seed=1), normal(outputs, seed=2)
+    end = {"activation": "none", "residual": normal(300, outputs, seed=3), "norm_weight": torch.ones(outputs), "eps": 1e-5}
+    packed = stored(weight, kind)
+    found, expected = (each(x, *packed, bias, outputs, **end) for each in (LINEAR, PLAIN))
+    assert bool(((found - expected).abs() <= allowed(x, weight, bias, end, kind)).all())
+
+
 @pytest.mark.parametrize("inputs", [1, 63, 64, 65, 1000, reference.LONGEST])
 def test_the_largest_sums_of_integers_are_exact(inputs):
     able(torch.int8)
@@ -372,7 +381,7 @@ def test_on_avx512_as_on_amx(tmp_path):
     calls = [("ATTENTION", (q, q.flip(1), -q, mask, 4, 0.25))]
     exact = [False]
     for kind in KINDS:
-        for rows, inputs, outputs in ((1, 7, 5), (40, 130, 100), (300, 64, 33), (70, 2000, 32)):
+        for rows, inputs, outputs in ((1, 7, 5), (40, 130, 100), (300, 64, 33), (70, 2000, 32), (300, 300, 900)):
             x, bias = normal(rows, inputs), normal(outputs, seed=1)
             packed = stored(normal(outputs, inputs, seed=2), kind)
             calls.append(("LINEAR", (x, *packed, bias, outputs, "gelu")))
