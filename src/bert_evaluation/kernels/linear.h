@@ -29,7 +29,7 @@ constexpr bool kFetchesAhead = false;  // on AVX2 it gained nothing
 #endif
 constexpr int64_t kSums = 1 << 18;  // bytes of sums that wait for more steps
 // Of float32: rows for which so many bytes of panels, in so many steps, are split.
-constexpr int64_t kSplitBlock = 512, kSplit = 1 << 20, kSplitSteps = 24;
+constexpr int64_t kSplitBlock = 512, kSplit = 1 << 18, kSplitSteps = 24;
 constexpr int64_t kFew = 32;  // rows that are multiplied in float32 itself: panels would be split for one tile of them
 constexpr int64_t kAlone = 1 << 12;  // numbers that are rounded, or normalised, before another thread has begun
 constexpr float kLargest = 127;
@@ -211,12 +211,17 @@ struct Linear {
             for (int64_t n = 0; n < numbers; n += 2 * kPanel)
               split_pair(from + n, from + n + kPanel, panels + i * size + k * Kind::parts * numbers + n, numbers);
           }
+        const bool more = end < steps;
+        const int64_t next = more ? pair : pair + group, then = more ? end : 0, count = std::clamp<int64_t>(last_pair - next, 0, group);
+        const int64_t bytes = count ? std::min(most, steps - then) * numbers * sizeof(float) : 0;
+        Ahead ahead(of.weight + (2 * next * steps + then) * numbers * sizeof(float), bytes, 2 * count, steps * numbers * sizeof(float),
+                    (block.end - block.begin) / kTile * pairs * (end - start) * std::size(Kind::terms));
         int64_t number = 0;
         for (int64_t row = block.begin; row < block.end; row += kTile)
           for (int64_t i = 0; i < pairs; i++, number++) {
             float* tile = sums + (steps > most ? number : number % 2) * kTile * kTile;
-            multiply(tiles, block, row, {panels + 2 * i * size, size * 2, step, panel_step<Kind>}, start, end, tile, waiting, [](int64_t) {});
-            waiting = end == steps ? made(tile, row, pair + i) : Waiting{};
+            multiply(tiles, block, row, {panels + 2 * i * size, size * 2, step, panel_step<Kind>}, start, end, tile, waiting, [&](int64_t) { ahead.fetch(); });
+            waiting = more ? Waiting{} : made(tile, row, pair + i);
           }
       }
     }
