@@ -29,7 +29,7 @@ constexpr bool kFetchesAhead = false;  // on AVX2 it gained nothing
 #endif
 constexpr int64_t kSums = 1 << 18;  // bytes of sums that wait for more steps
 // Of float32: rows for which so many bytes of panels, in so many steps, are split.
-constexpr int64_t kSplitBlock = 512, kSplit = 1 << 18, kSplitSteps = 24;
+constexpr int64_t kSplitBlock = 512, kSplit = 1 << 20, kSplitSteps = 24;
 constexpr int64_t kFew = 32;  // rows that are multiplied in float32 itself: panels would be split for one tile of them
 constexpr int64_t kAlone = 1 << 12;  // numbers that are rounded, or normalised, before another thread has begun
 constexpr float kLargest = 127;
@@ -196,7 +196,9 @@ struct Linear {
     static thread_local Buffer<bfloat16> split_panels;
     static thread_local Buffer<float> sum_tiles;
     constexpr int64_t numbers = kPanel * Kind::step, step = Kind::parts * panel_step<Kind>;  // of a panel in a step
-    const int64_t most = std::min(steps, kSplitSteps), group = std::max<int64_t>(1, kSplit / (2 * most * step));
+    // Beside few rows there is room for the next panels, which come while these are multiplied; and they matter more.
+    const bool few = block.end - block.begin <= kBlock;
+    const int64_t most = std::min(steps, kSplitSteps), group = std::max<int64_t>(1, (few ? kSplit / 4 : kSplit) / (2 * most * step));
     bfloat16* panels = split_panels.get(2 * group * most * Kind::parts * numbers);
     float* sums = sum_tiles.get(std::max<int64_t>(2, steps > most ? (block.end - block.begin) / kTile * group : 0) * kTile * kTile);
     Waiting waiting;
@@ -213,7 +215,7 @@ struct Linear {
           }
         const bool more = end < steps;
         const int64_t next = more ? pair : pair + group, then = more ? end : 0, count = std::clamp<int64_t>(last_pair - next, 0, group);
-        const int64_t bytes = count ? std::min(most, steps - then) * numbers * sizeof(float) : 0;
+        const int64_t bytes = few && count ? std::min(most, steps - then) * numbers * sizeof(float) : 0;
         Ahead ahead(of.weight + (2 * next * steps + then) * numbers * sizeof(float), bytes, 2 * count, steps * numbers * sizeof(float),
                     (block.end - block.begin) / kTile * pairs * (end - start) * std::size(Kind::terms));
         int64_t number = 0;
