@@ -261,7 +261,12 @@ def test_kernels_against_the_reference(kind, given):
 @pytest.mark.parametrize("outputs", [700, 1500])
 def test_more_than_fits_into_caches_at_once(kind, outputs):
     x, weight, bias = normal(300, 900), normal(outputs, 900, seed=1), normal(outputs, seed=2)
-    end = {"activation": "none", "residual": normal(300, outputs, seed=3), "norm_weight": torch.ones(outputs), "eps": 1e-5}
+    end = {
+        "activation": "none",
+        "residual": normal(300, outputs, seed=3),
+        "norm_weight": torch.ones(outputs),
+        "eps": 1e-5,
+    }
     packed = stored(weight, kind)
     found, expected = (each(x, *packed, bias, outputs, **end) for each in (LINEAR, PLAIN))
     assert bool(((found - expected).abs() <= allowed(x, weight, bias, end, kind)).all())
