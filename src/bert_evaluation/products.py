@@ -66,7 +66,9 @@ def precision(graph: GraphModule) -> Precision:
         tensor = graphs.get_tensor(graph, str(node.target))
         if tensor is not None and tensor.dim() >= 2 and tensor.dtype in PRECISIONS:
             readers = sum(user.target is not aten.embedding.default for user in node.users)
-            numbers[PRECISIONS[tensor.dtype]] += readers * tensor.numel()
+            sliced = kernels.is_sliced(tensor)
+            kind = torch.float32 if sliced else tensor.dtype
+            numbers[PRECISIONS[kind]] += readers * tensor.numel() // (kernels.SLICES if sliced else 1)
     return max(numbers, key=lambda each: numbers[each], default="fp32")
 
 

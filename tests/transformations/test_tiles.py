@@ -3,6 +3,7 @@
 They run on a machine without kernels as well, in plain PyTorch (`anyway`).
 """
 
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from families import FAMILIES, tiny
 from torch import nn
 from torch.nn import functional as F
 
-from bert_evaluation import capture, compose, hashes, kernels, onednn, varlen, verify
+from bert_evaluation import capture, compose, hashes, kernels, onednn, products, varlen, verify
 from bert_evaluation import graph as graphs
 from bert_evaluation.blame import verify_steps
 from bert_evaluation.capturing import read, save, text_inputs
@@ -242,7 +243,55 @@ def test_shared_weights_are_packed_once():
 def test_what_is_packed_takes_no_more_memory_but_for_its_ends():
     module = nn.Linear(256, 512)
     graph = TileLinears(anyway=True)(capture(module, {"input": torch.randn(2, 256)}))
-    assert sum(tensor.nbytes for tensor in graphs.tensors(graph).values()) == module.weight.nbytes + module.bias.nbytes
+    found = sum(tensor.nbytes for tensor in graphs.tensors(graph).values())
+    if kernels.multiplies_slices(CPU):
+        assert found == module.weight.nbytes * 3 // 4 + 2 * module.bias.nbytes  # with a scale for each output
+    else:
+        assert found == module.weight.nbytes + module.bias.nbytes
+
+
+@pytest.fixture
+def slices():
+    if not kernels.multiplies_slices(CPU):
+        pytest.skip("This processor has no AMX.")
+
+
+def test_on_amx_float32_is_in_slices(slices, bert, bert_graph):
+    recipe = compose(*steps())
+    graph = recipe(graphs.fork(bert_graph))
+    weights = [graphs.get_tensor(graph, str(node.args[1].target)) for node in graphs.calls(graph, kernels.LINEAR)]
+    assert weights
+    assert all(kernels.is_sliced(weight) for weight in weights)
+    assert products.precision(graph) == "fp32"
+    late = CastToBFloat16(anyway=True)
+    late(compose(*steps()[:3])(graphs.fork(bert_graph)))
+    reasons = [refusal.reason for refusal in late.report.refused]
+    assert any("is in tiles of float32 already; cast before that." in reason for reason in reasons)
+    # No farther from float64 than float32 itself, by more than a little.
+    inputs = text_inputs(bert, 4, 31)
+    exact = run(in_double(bert_graph), inputs)
+    off, usual = ((run(each, inputs) - exact).abs().max() for each in (graph, bert_graph))
+    assert off <= 4 * usual
+
+
+def test_sums_that_might_overflow_are_not_of_slices(slices):
+    inputs = kernels.LONGEST_SLICED + 1
+    graph = TileLinears()(capture(nn.Linear(inputs, 2), {"input": torch.randn(2, inputs)}))
+    (node,) = graphs.calls(graph, kernels.LINEAR)
+    assert graphs.get_tensor(graph, str(node.args[1].target)).dtype is torch.float32
+
+
+def test_slices_that_are_read_without_amx_are_float32_again(slices, bert, bert_graph, tmp_path):
+    shared = capture(tiny("albert"))
+    inputs = text_inputs(bert, 2, 9)
+    for name, base in (("bert", bert_graph), ("albert", shared)):
+        graph = compose(*steps())(graphs.fork(base))
+        save(graph, tmp_path / f"{name}.pt2")
+        variables = os.environ | {"BERT_EVALUATION_AMX": "0"}
+        arguments = [tmp_path / f"{name}.pt2", tmp_path / "inputs.pt", tmp_path / "found.pt"]
+        torch.save(inputs, arguments[1])
+        subprocess.run([sys.executable, "-W", "ignore", "-c", READ_AND_RUN, *arguments], check=True, env=variables)
+        assert torch.allclose(torch.load(arguments[2]), run(graph, inputs), atol=1e-5)
 
 
 # Hard inputs.
@@ -372,6 +421,19 @@ def test_steps_in_another_order_and_twice(bert, bert_graph):
 # Saved and read.
 
 
+READ_AND_RUN = """
+import sys, torch
+from bert_evaluation import graph as graphs
+from bert_evaluation import kernels
+from bert_evaluation.capturing import read
+graph = read(sys.argv[1])
+weights = [graphs.get_tensor(graph, str(node.args[1].target)) for node in graphs.calls(graph, kernels.LINEAR)]
+assert weights and {each.dtype for each in weights} == {torch.float32}
+assert not any("scales" in name for name in graphs.read_names(graph))
+with torch.inference_mode():
+    found = graph(**torch.load(sys.argv[2]))
+torch.save(torch.stack(graphs.output_tensors(found), dim=-1), sys.argv[3])
+"""
 READ = """
 import sys
 from bert_evaluation.capturing import read

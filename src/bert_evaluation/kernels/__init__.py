@@ -12,11 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bert_evaluation import graph as graphs
 from bert_evaluation import varlen
 from bert_evaluation.graph import GraphModule
 from bert_evaluation.kernels import reference
 from bert_evaluation.kernels.build import why_not_built
-from bert_evaluation.kernels.reference import ACTIVATIONS, LONGEST, pack, quantize, unpack
+from bert_evaluation.kernels.reference import (
+    ACTIVATIONS,
+    LONGEST,
+    LONGEST_SLICED,
+    SLICES,
+    is_sliced,
+    pack,
+    quantize,
+    slice_up,
+    unpack,
+    unslice,
+)
 
 SCHEMAS = {
     "linear": (
@@ -42,6 +54,12 @@ def why_not(kind: torch.dtype, device: torch.device) -> str | None:
     return why_not_built()
 
 
+def multiplies_slices(device: torch.device) -> bool:
+    """Whether there are kernels for float32 in slices: on AMX, which is fast at integers and has no float32."""
+    built = why_not(torch.float32, device) is None and hasattr(torch.ops.bert_evaluation, "has_amx")
+    return built and bool(torch.ops.bert_evaluation.has_amx())
+
+
 def why_no_attention(kind: torch.dtype, width: int, device: torch.device) -> str | None:
     """Why there is no kernel for attention in this type with heads of this width, if so."""
     types = TYPES_OF_ATTENTION["cuda" if device.type == "cuda" else "cpu"]
@@ -57,10 +75,39 @@ def why_no_attention(kind: torch.dtype, width: int, device: torch.device) -> str
 
 
 def prepare(graph: GraphModule) -> GraphModule:
-    """Load the kernels that a graph calls, such as one that was read from a file, if this machine can have them."""
+    """Load the kernels that a graph calls, such as one that was read from a file, if this machine can have them.
+
+    Weights in slices, which it may not be able to multiply, are then numbers of float32 again.
+    """
+    device = torch.device("cpu")
     if any(node.target in TWINS for node in graph.graph.nodes):
-        why_not(torch.int8, torch.device("cpu"))
+        able = why_not(torch.float32, device) is None
+        if able and not multiplies_slices(device):
+            _in_one_piece(graph)
     return graph
+
+
+def _in_one_piece(graph: GraphModule) -> None:
+    """Make weights in slices numbers of float32, in place: what they are, but for one rounding."""
+
+    def stored(node: Any) -> Tensor:
+        tensor = graphs.get_tensor(graph, str(node.target))
+        assert tensor is not None
+        return tensor
+
+    read = graphs.read_names(graph)
+    weights = [each for each in graph.graph.find_nodes(op="get_attr") if is_sliced(stored(each))]
+    for weight in weights:
+        for linear in list(weight.users):
+            x, _, scales, _, outputs = linear.args[:5]
+            if is_sliced(stored(weight)):  # which others may read too
+                plain = unslice(stored(weight), outputs, x.meta["val"].shape[-1]) * stored(scales)[:, None]
+                graphs.set_tensor(graph, str(weight.target), pack(plain))
+            linear.update_arg(2, None)
+    if weights:
+        graph.graph.eliminate_dead_code()
+        graphs.drop(graph, read - graphs.read_names(graph))
+        graph.recompile()
 
 
 def in_plain_pytorch(graph: GraphModule) -> GraphModule:
@@ -112,11 +159,16 @@ __all__ = [
     "ATTENTION",
     "LINEAR",
     "LONGEST",
+    "LONGEST_SLICED",
     "PACKED_ATTENTION",
+    "SLICES",
     "in_plain_pytorch",
+    "is_sliced",
+    "multiplies_slices",
     "pack",
     "prepare",
     "quantize",
+    "slice_up",
     "unpack",
     "why_no_attention",
     "why_not",

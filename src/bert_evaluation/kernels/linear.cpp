@@ -16,6 +16,9 @@ const float* floats(const std::optional<at::Tensor>& tensor, int64_t size) {
   return tensor->const_data_ptr<float>();
 }
 
+// Of slices: (panels, steps, slices, 16, 16, 4).
+bool is_sliced(const at::Tensor& weight) { return weight.dim() == 6; }
+
 at::Tensor linear(const at::Tensor& given, const at::Tensor& weight, const std::optional<at::Tensor>& scales,
                   const std::optional<at::Tensor>& bias, int64_t outputs, c10::string_view activation,
                   const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& norm_weight,
@@ -45,19 +48,20 @@ at::Tensor linear(const at::Tensor& given, const at::Tensor& weight, const std::
   of.eps = (float)eps;
   if (of.rows == 0) return result;
   const auto kind = weight.scalar_type();
-  const bool is_int8 = kind == at::kChar, is_float = x.scalar_type() == at::kFloat;
+  const bool is_int8 = kind == at::kChar, is_float = x.scalar_type() == at::kFloat, sliced = is_sliced(weight);
   TORCH_CHECK(is_float || x.scalar_type() == at::kBFloat16, "x is float32 or bfloat16.");
-  TORCH_CHECK(weight.is_contiguous() && weight.dim() == 4 && is_int8 == scales.has_value() &&
-                  (is_int8 || kind == at::kBFloat16 || (kind == at::kFloat && is_float)),
+  TORCH_CHECK(weight.is_contiguous() && (weight.dim() == 4 || sliced) && is_int8 == scales.has_value() &&
+                  (is_int8 || kind == at::kBFloat16 || kind == at::kFloat) && (is_float || !(sliced || kind == at::kFloat)),
               "The weight is packed, in int8 with scales or without in bfloat16 or, for x in it too, float32.");
   TORCH_CHECK(is_int8 || kMultipliesBf16, "This processor multiplies no bfloat16.");
-  const int64_t unit = is_int8 ? 64 : 32;
-  TORCH_CHECK(weight.size(0) == up(outputs, 32) / 16 && weight.size(1) * weight.size(3) == up(of.inputs, unit) &&
-                  weight.size(2) == 16 && weight.size(3) == 4 / (int64_t)weight.element_size(),
+  const int64_t panels = up(outputs, 32) / 16, unit = is_int8 ? 64 : 32;
+  TORCH_CHECK(sliced ? weight.sizes() == at::IntArrayRef({panels, up(of.inputs, unit) / unit, 3, 16, 16, 4})
+                     : weight.size(0) == panels && weight.size(1) * weight.size(3) == up(of.inputs, unit) && weight.size(2) == 16 &&
+                           weight.size(3) == 4 / (int64_t)weight.element_size(),
               "The weight is packed for other sizes.");
 #ifdef BERT_EVALUATION_HAS_AMX
-  if (kind == at::kFloat && amx_allowed() && of.rows > kFew) {
-    Linear<SplitFloat32, float>{of}.run();
+  if (sliced) {
+    Linear<Sliced, float>{of}.run();
     return result;
   }
 #endif
@@ -72,7 +76,7 @@ at::Tensor linear_or_equal(const at::Tensor& x, const at::Tensor& weight, const 
                            const std::optional<at::Tensor>& bias, c10::SymInt outputs, c10::string_view activation,
                            const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& norm_weight,
                            const std::optional<at::Tensor>& norm_bias, double eps) {
-  const bool able = kMultipliesBf16 || weight.scalar_type() == at::kChar;
+  const bool able = is_sliced(weight) ? amx_allowed() : kMultipliesBf16 || weight.scalar_type() == at::kChar;
   if (able && x.scalar_type() != at::kHalf)
     return linear(x, weight, scales, bias, outputs.expect_int(), activation, residual, norm_weight, norm_bias, eps);
   static const auto equal = in_plain_pytorch<decltype(linear_or_equal)>("linear");
@@ -82,5 +86,7 @@ at::Tensor linear_or_equal(const at::Tensor& x, const at::Tensor& weight, const 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bert_evaluation, CPU, m) { m.impl("linear", linear_or_equal); }
+
+TORCH_LIBRARY_FRAGMENT(bert_evaluation, m) { m.def("has_amx() -> bool", amx_allowed); }
 
 }  // namespace bert_evaluation

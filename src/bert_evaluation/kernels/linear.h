@@ -1,8 +1,8 @@
 // Linear layers with what follows them, in one pass: act(x W^T + b) + residual, and LayerNorm of that.
 //
-// Products are of bfloat16; of int8, where each row of x is rounded to 127 steps of its own; or of float32, on AMX as
-// three bfloat16. A block of rows stays in the cache from its rounding to its LayerNorm. With few rows, threads share the
-// columns instead.
+// Products are of bfloat16; of int8, where each row of x is rounded to 127 steps of its own; or of float32, on AMX in three
+// slices of 8 bits. A block of rows stays in the cache from its rounding to its LayerNorm. With few rows, threads share
+// the columns instead.
 #pragma once
 #include <ATen/Parallel.h>
 #include <bit>
@@ -28,11 +28,8 @@ template <class Kind> constexpr int64_t kPairs = 1;
 constexpr bool kFetchesAhead = false;  // on AVX2 it gained nothing
 #endif
 constexpr int64_t kSums = 1 << 18;  // bytes of sums that wait for more steps
-// Of float32: rows for which so many bytes of panels, in so many steps, are split.
-constexpr int64_t kSplitBlock = 512, kSplit = 1 << 20, kSplitSteps = 24;
-constexpr int64_t kFew = 32;  // rows that are multiplied in float32 itself: panels would be split for one tile of them
 constexpr int64_t kAlone = 1 << 12;  // numbers that are rounded, or normalised, before another thread has begun
-constexpr float kLargest = 127;
+constexpr float kLargest = 127, kSlice = 256;  // steps from 0; and into how many the next slice divides one
 
 struct Arguments {
   int64_t rows, inputs, outputs, stride;  // stride: of x, in numbers
@@ -54,40 +51,38 @@ template <class Kind, class T>
 struct Linear {
   using left = typename Kind::left;
   using sum = typename Kind::sum;
-  static constexpr bool is_int8 = std::is_same_v<Kind, Int8>, is_split = std::is_same_v<Kind, SplitFloat32>;
-  static constexpr int64_t part = kTile * row_step<Kind>;  // bytes of 32 rows in a step
+  static constexpr bool is_sliced = std::is_same_v<Kind, Sliced>, is_scaled = is_sliced || std::is_same_v<Kind, Int8>;
+  static constexpr int64_t slice = kTile * row_step<Kind>, row_bytes = Kind::slices * slice;  // of 32 rows in a step
+  static constexpr int64_t panel_bytes = Kind::slices * panel_step<Kind>, sums_apart = kTile * kTile;
   const Arguments& of;
-  const int64_t steps = up(of.inputs, Kind::step) / Kind::step, panel = steps * panel_step<Kind>;
-  const int64_t tile_bytes = steps * Kind::parts * part;
+  const int64_t steps = up(of.inputs, Kind::step) / Kind::step, panel = steps * panel_bytes, tile_bytes = steps * row_bytes;
   // Rows are read where they lie if they are what is multiplied, but for those that end no tile or no step.
   const bool in_place = std::is_same_v<T, left> && of.inputs % Kind::step == 0;
 
   const T* x(int64_t row) const { return (const T*)of.x + row * of.stride; }
 
-  // Rows as the products read them: for 32 of them, step after step, and in that part after part. There are zeros behind
+  // Rows as the products read them: for 32 of them, step after step, and in that slice after slice. There are zeros behind
   // the last number and the last row.
   void prepare(int64_t begin, int64_t end, char* to, float* scales) const {
     for (int64_t row = begin; row < end; row++) {
       const bool there = row < of.rows;
       const T* from = x(there ? row : 0);
       Floats inverse = 1.f;
-      if constexpr (is_int8) {
+      if constexpr (is_scaled) {
         *scales = there ? step_of(from, of.inputs) : 1;
         inverse = 1 / *scales++;
       }
       auto* place = (left*)(to + (row / kTile - begin / kTile) * tile_bytes + row % kTile * row_step<Kind>);
-      for (int64_t k = 0; k < steps * Kind::step; k += Kind::step, place += Kind::parts * part / sizeof(left)) {
+      for (int64_t k = 0; k < steps * Kind::step; k += Kind::step, place += row_bytes / sizeof(left)) {
         const int64_t there_are = there ? of.inputs - k : 0;
-        if constexpr (is_int8) {
-          store_whole(place, load(from + k, there_are) * inverse, load(from + k + kLanes, there_are - kLanes) * inverse,
-                      load(from + k + 2 * kLanes, there_are - 2 * kLanes) * inverse,
-                      load(from + k + 3 * kLanes, there_are - 3 * kLanes) * inverse);
+        const auto number = [&](int i) { return load(from + k + i * kLanes, there_are - i * kLanes) * inverse; };
+        if constexpr (is_sliced) {
+          const float finest = kSlice * kSlice;
+          store_slices(place, slice, number(0) * finest, number(1) * finest, number(2) * finest, number(3) * finest);
+        } else if constexpr (is_scaled) {
+          store_whole(place, number(0), number(1), number(2), number(3));
         } else {
-          for (int64_t n = 0; n < Kind::step; n += kLanes) {
-            const Floats y = load(from + k + n, there_are - n);
-            if constexpr (is_split) split(y, place + n, part / sizeof(left));
-            else store(place + n, y);
-          }
+          for (int i = 0; i < Kind::step / kLanes; i++) store(place + i * kLanes, load(from + k + i * kLanes, there_are - i * kLanes));
         }
       }
     }
@@ -97,8 +92,9 @@ struct Linear {
   void finish(const sum* from, int64_t row, int64_t column, int64_t end, float scale, float* sums) const {
     for (; column < end; from += kLanes, column += kLanes) {
       const int64_t lanes = of.outputs - column, place = row * of.outputs + column;
-      Floats y = load(from);
-      if constexpr (is_int8) y = y * (load(of.scales + column, lanes) * scale);
+      Floats y = load(from + (Kind::sums - 1) * sums_apart);
+      for (int i = Kind::sums - 2; i >= 0; i--) y = fma(y, 1 / kSlice, load(from + i * sums_apart));
+      if constexpr (is_scaled) y = y * (load(of.scales + column, lanes) * scale);
       if (of.bias) y = y + load(of.bias + column, lanes);
       y = activate<T>(y, of.activation);
       if (of.residual) y = y + load((const T*)of.residual + place, lanes);
@@ -107,7 +103,7 @@ struct Linear {
     }
   }
 
-  // Rows that are prepared, from `begin` to `end`; with scales for int8, and room for sums before a LayerNorm.
+  // Rows that are prepared, from `begin` to `end`; with scales for whole numbers, and room for sums before a LayerNorm.
   struct Block {
     int64_t begin, end;
     char* rows;
@@ -129,19 +125,26 @@ struct Linear {
     }
   }
 
-  // `sums` (32 x 32, or more) of a block's rows from `row` on and of pairs of panels, which lie at `right`, from step `start`
-  // on. `between` is called after each turn, of which a step has as many as a product has terms.
+  // `sums` (32 x 32, or more) of a block's rows from `row` on and of pairs of panels from `pair` on, from step `start` on.
+  // `between` is called after each turn, of which a step has as many as a product has sums.
   template <int64_t pairs = 1, class Between>
-  void multiply(const Tiles& tiles, const Block& block, int64_t row, const Factor& right, int64_t start, int64_t end, sum* sums,
+  void multiply(const Tiles& tiles, const Block& block, int64_t row, int64_t pair, int64_t start, int64_t end, sum* sums,
                 Waiting& waiting, const Between& between) const {
+    const Factor right{of.weight + 2 * pair * panel + start * panel_bytes, panel, panel_bytes, panel_step<Kind>};
     const bool direct = in_place && row + kTile <= of.rows;
     const char* prepared = block.rows + (row - block.begin) / kTile * tile_bytes;
     const Factor rows = direct ? Factor{(const char*)x(row) + start * row_step<Kind>, of.stride * (int64_t)sizeof(T), row_step<Kind>}
-                               : Factor{prepared + start * Kind::parts * part, row_step<Kind>, Kind::parts * part, part};
-    const float pace = (float)waiting.rows / ((end - start) * std::size(Kind::terms));
+                               : Factor{prepared + start * row_bytes, row_step<Kind>, row_bytes, slice};
+    const float pace = (float)kTile / ((end - start) * Kind::sums);
+    int64_t fetched = row;
     tiles.template multiply<Kind, 2 * pairs>(rows, std::min<int64_t>(kTile, of.rows - row), right, end - start, sums, pairs * kTile, start > 0, [&](int64_t turn) {
       between(turn);
-      finish(waiting, (int64_t)(pace * (turn + 1)), block);
+      const int64_t upto = pace * (turn + 1);
+      finish(waiting, std::min(waiting.rows, upto), block);
+      // What these sums will be written to is on its way until they are.
+      for (; !block.sums && fetched < std::min(of.rows, row + upto); fetched++)
+        for (int64_t i = 0; i < kTile * pairs; i += 64 / sizeof(T))
+          __builtin_prefetch((T*)of.result + fetched * of.outputs + kTile * pair + i, 1);
     });
     finish(waiting, waiting.rows, block);
   }
@@ -156,7 +159,7 @@ struct Linear {
     static thread_local Buffer<sum> sum_tiles;
     const int64_t most = std::min(steps, kSteps<Kind>), rows = (block.end - block.begin) / kTile, all = last_pair - first_pair;
     const bool wait = steps > most;
-    constexpr int64_t tile_size = kTile * kTile * kPairs<Kind>;
+    constexpr int64_t tile_size = sums_apart * kPairs<Kind> * Kind::sums;
     const int64_t fit = kSums / (rows * tile_size * (int64_t)sizeof(sum)) * kPairs<Kind>;
     const int64_t group = wait ? std::min(all, std::max(fit, kPairs<Kind>)) : all;
     const int64_t places = wait ? std::max<int64_t>(2, up(group, kPairs<Kind>) / kPairs<Kind> * rows) : 2;  // two that do not wait take turns
@@ -174,57 +177,18 @@ struct Linear {
           const bool last = pair + kPairs<Kind> >= behind;
           const int64_t next = !last ? pair + kPairs<Kind> : more ? begin : behind < last_pair ? behind : first_pair;
           const int64_t then = !last ? start : more ? end : 0;
-          const int64_t bytes = panels_stay ? 0 : std::min(most, steps - then) * panel_step<Kind>;
-          Ahead ahead(of.weight + 2 * panel * next + then * panel_step<Kind>, bytes, 2 * std::min(kPairs<Kind>, last_pair - next), panel, rows * (end - start));
-          const Factor right{of.weight + 2 * pair * panel + start * panel_step<Kind>, panel, panel_step<Kind>};
+          const int64_t bytes = panels_stay ? 0 : std::min(most, steps - then) * panel_bytes;
+          Ahead ahead(of.weight + 2 * panel * next + then * panel_bytes, bytes, 2 * std::min(kPairs<Kind>, last_pair - next), panel,
+                      rows * (end - start) * Kind::sums);
           for (int64_t row = block.begin; row < block.end; row += kTile, number++) {
             sum* tile = sums + number % places * tile_size;
             const auto fetch = [&](int64_t) { ahead.fetch(); };
             const int64_t pairs = std::min(kPairs<Kind>, behind - pair);
-            if (pairs == kPairs<Kind>) multiply<kPairs<Kind>>(tiles, block, row, right, start, end, tile, waiting, fetch);
-            else multiply(tiles, block, row, right, start, end, tile, waiting, fetch);
+            if (pairs == kPairs<Kind>) multiply<kPairs<Kind>>(tiles, block, row, pair, start, end, tile, waiting, fetch);
+            else multiply(tiles, block, row, pair, start, end, tile, waiting, fetch);
             waiting = more ? Waiting{} : made(tile, row, pair, pairs);
           }
         }
-      }
-    }
-    finish(waiting, waiting.rows, block);
-  }
-
-  // The same of what is split. Here some steps of some panels, once split, stay in the cache, and rows pass by.
-  void multiply_split(const Tiles& tiles, const Block& block, int64_t first_pair, int64_t last_pair) const {
-    static thread_local Buffer<bfloat16> split_panels;
-    static thread_local Buffer<float> sum_tiles;
-    constexpr int64_t numbers = kPanel * Kind::step, step = Kind::parts * panel_step<Kind>;  // of a panel in a step
-    // Beside few rows there is room for the next panels, which come while these are multiplied; and they matter more.
-    const bool few = block.end - block.begin <= kBlock;
-    const int64_t most = std::min(steps, kSplitSteps), group = std::max<int64_t>(1, (few ? kSplit / 4 : kSplit) / (2 * most * step));
-    bfloat16* panels = split_panels.get(2 * group * most * Kind::parts * numbers);
-    float* sums = sum_tiles.get(std::max<int64_t>(2, steps > most ? (block.end - block.begin) / kTile * group : 0) * kTile * kTile);
-    Waiting waiting;
-    for (int64_t pair = first_pair; pair < last_pair; pair += group) {
-      const int64_t pairs = std::min(group, last_pair - pair);
-      finish(waiting, waiting.rows, block);  // before its memory is used again
-      for (int64_t start = 0; start < steps; start += most) {
-        const int64_t end = std::min(steps, start + most), size = (end - start) * Kind::parts * numbers;
-        for (int64_t i = 0; i < 2 * pairs; i++)
-          for (int64_t k = 0; k < end - start; k++) {
-            const float* from = (const float*)of.weight + ((2 * pair + i) * steps + start + k) * numbers;
-            for (int64_t n = 0; n < numbers; n += 2 * kPanel)
-              split_pair(from + n, from + n + kPanel, panels + i * size + k * Kind::parts * numbers + n, numbers);
-          }
-        const bool more = end < steps;
-        const int64_t next = more ? pair : pair + group, then = more ? end : 0, count = std::clamp<int64_t>(last_pair - next, 0, group);
-        const int64_t bytes = few && count ? std::min(most, steps - then) * numbers * sizeof(float) : 0;
-        Ahead ahead(of.weight + (2 * next * steps + then) * numbers * sizeof(float), bytes, 2 * count, steps * numbers * sizeof(float),
-                    (block.end - block.begin) / kTile * pairs * (end - start) * std::size(Kind::terms));
-        int64_t number = 0;
-        for (int64_t row = block.begin; row < block.end; row += kTile)
-          for (int64_t i = 0; i < pairs; i++, number++) {
-            float* tile = sums + (steps > most ? number : number % 2) * kTile * kTile;
-            multiply(tiles, block, row, {panels + 2 * i * size, size * 2, step, panel_step<Kind>}, start, end, tile, waiting, [&](int64_t) { ahead.fetch(); });
-            waiting = more ? Waiting{} : made(tile, row, pair + i);
-          }
       }
     }
     finish(waiting, waiting.rows, block);
@@ -237,15 +201,11 @@ struct Linear {
     const bool norms = of.norm_weight != nullptr;
     auto room = [&](int64_t begin, int64_t end) {
       const int64_t rows = end - begin;
-      return Block{begin, end, row_buffer.get(rows / kTile * tile_bytes), is_int8 ? scale_buffer.get(rows) : nullptr,
+      return Block{begin, end, row_buffer.get(rows / kTile * tile_bytes), is_scaled ? scale_buffer.get(rows) : nullptr,
                    norms ? sum_buffer.get(rows * of.outputs) : nullptr};
     };
     auto prepare_rows = [&](const Block& block, int64_t from, int64_t to) {
       prepare(from, to, block.rows + (from - block.begin) / kTile * tile_bytes, block.scales + (from - block.begin));
-    };
-    auto multiply_all = [&](const Tiles& tiles, const Block& block, int64_t from, int64_t to) {
-      if constexpr (is_split) multiply_split(tiles, block, from, to);
-      else multiply(tiles, block, from, to);
     };
     auto norm_rows = [&](const Block& block, int64_t from, int64_t to) {
       for (int64_t row = from; row < to; row++)
@@ -256,14 +216,14 @@ struct Linear {
       // Of larger blocks, fewer read the panels again.
       const int64_t bytes = tile_bytes / kTile + (norms ? of.outputs * (int64_t)sizeof(float) : 0);
       const bool may_double = 2 * kBlock * bytes <= second_level_cache() * 3 / 8;
-      const int64_t most = is_split ? kSplitBlock : may_double ? 2 * kBlock : kBlock;
+      const int64_t most = may_double ? 2 * kBlock : kBlock;
       const int64_t rows = up(of.rows, threads) / threads, blocks = up(rows, most) / most * threads;
       const int64_t size = up(up(of.rows, blocks) / blocks, kTile);
       share(up(of.rows, size) / size, [&](const Tiles& tiles, int64_t each) {
         const Block block = room(each * size, std::min(end, (each + 1) * size));
         if (!in_place) prepare_rows(block, block.begin, block.end);
         else if (block.end > of.rows) prepare_rows(block, block.end - kTile, block.end);
-        multiply_all(tiles, block, 0, pairs);
+        multiply(tiles, block, 0, pairs);
         if (norms) norm_rows(block, block.begin, std::min(block.end, of.rows));
       });
       return;
@@ -273,7 +233,7 @@ struct Linear {
     else if (end > of.rows) prepare_rows(block, end - kTile, end);
     at::parallel_for(0, pairs, 1, [&](int64_t from, int64_t to) {
       Tiles tiles;
-      multiply_all(tiles, block, from, to);
+      multiply(tiles, block, from, to);
     });
     if (norms) at::parallel_for(0, of.rows, up(kAlone, of.outputs) / of.outputs, [&](int64_t from, int64_t to) { norm_rows(block, from, to); });
   }

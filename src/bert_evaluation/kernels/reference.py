@@ -3,6 +3,7 @@
 In float32 between rounding what is read and rounding what is returned; in float64 throughout for inputs in float64.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional
 LARGEST = 127  # steps from 0, of a weight or of a token's number
 TINY = LARGEST * torch.finfo(torch.float32).tiny  # rows of zeros have a scale, too
 LONGEST = (2**31 - 1) // (255 * LARGEST)  # products whose sum is sure to fit into 32 bits, one factor being unsigned
+SLICES, SLICE = 3, 256  # of a number in fixed point; and into how many steps the next slice divides one
+LONGEST_SLICED = (2**31 - 1) // (SLICES * (SLICE // 2) ** 2)  # up to three products of slices are added to one sum
 PANEL = 16  # outputs in a panel
 STEP = {torch.int8: 64, torch.bfloat16: 32, torch.float32: 32}  # numbers of a row that a step multiplies
 GROUP = {torch.int8: 4, torch.bfloat16: 2, torch.float32: 1}  # numbers that are multiplied together: what 32 bits hold
@@ -41,8 +44,45 @@ def unpack(packed: Tensor, outputs: int, inputs: int) -> Tensor:
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Each row (the last dimension) as whole numbers of steps, 127 at most, and what a step of the row is worth."""
-    steps = rows.abs().amax(-1, keepdim=True).clamp_min(TINY) / LARGEST
+    steps = _steps(rows)
     return (rows * (1 / steps)).round(), steps  # as the kernels round, to the bit
+
+
+def slice_up(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (outputs, inputs) in float32 in fixed point of 24 bits, and what a step of each output's is worth.
+
+    It is packed, in int8: (panels, steps, slices, 16, 16, 4). A step holds 64 inputs, as groups of 4, for each of 16
+    outputs; the first slice is whole steps, the second 256ths of one, the third 256ths of those.
+    """
+    fixed, worth = _fixed(weight)
+    whole, middle = (fixed * SLICE ** (SLICES - 1)).to(torch.int32), sum(SLICE // 2 * SLICE**i for i in range(SLICES))
+    # With half of 256 added to each slice none borrows from the next; they are the bytes, from the lowest up.
+    bytes_of = ((whole + middle) ^ middle).view(torch.int8).view(*weight.shape, 4)
+    packed = [pack(bytes_of[..., i].contiguous()) for i in reversed(range(SLICES))]
+    return torch.stack([each.view(len(each), -1, 16, PANEL, 4) for each in packed], dim=2), worth.squeeze(-1)
+
+
+def is_sliced(weight: Tensor) -> bool:
+    """Whether a packed weight is one of float32 in slices."""
+    return weight.dtype is torch.int8 and weight.dim() == 6
+
+
+def unslice(sliced: Tensor, outputs: int, inputs: int) -> Tensor:
+    """The weight (outputs, inputs) in steps, in float32, which holds all its bits."""
+    whole = (unpack(sliced[:, :, i].flatten(1, 2), outputs, inputs).float() / SLICE**i for i in range(SLICES))
+    return functools.reduce(torch.add, whole)
+
+
+def _fixed(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row in 65536ths of a step (see `quantize`), and what a step is worth. Those in float64 stay as they are."""
+    if rows.dtype is torch.float64:
+        return rows, rows.new_ones(1)
+    steps, finest = _steps(rows), SLICE ** (SLICES - 1)
+    return (rows * (1 / steps) * finest).round() / finest, steps
+
+
+def _steps(rows: Tensor) -> Tensor:
+    return rows.abs().amax(-1, keepdim=True).clamp_min(TINY) / LARGEST
 
 
 def linear(
@@ -59,18 +99,18 @@ def linear(
 ) -> Tensor:
     """`layer_norm(activation(x @ weight.T + bias) + residual)`, in the type of x (..., inputs): float32 or lower.
 
-    With `scales`, one for each output, the weight is int8 and each row of x is rounded to 127 steps of its own; else
-    x is rounded to the weight's type, bfloat16 or float32. Sums, bias, activation and LayerNorm (left out without
-    `norm_weight`) are float32.
+    With `scales`, one for each output, the weight is int8 and each row of x is rounded to 127 steps of its own; or it
+    is float32 in slices, and each row is rounded to as many bits. Else x is rounded to the weight's type, bfloat16 or
+    float32. Sums, bias, activation and LayerNorm (left out without `norm_weight`) are float32.
     """
-    plain = unpack(weight, outputs, x.shape[-1])
     rows, wide = (x, torch.float64) if x.dtype is torch.float64 else (x.float(), torch.float32)
-    if scales is not None:
-        tokens, steps = quantize(rows)
-        # float64 holds every sum of such products exactly, as 32-bit integers do.
-        y = functional.linear(tokens.double(), plain.double()).to(wide) * (steps * scales)
+    if scales is None:
+        y = functional.linear(rows.to(weight.dtype).to(wide), unpack(weight, outputs, x.shape[-1]).to(wide))
     else:
-        y = functional.linear(rows.to(weight.dtype).to(wide), plain.to(wide))
+        # float64 holds every sum of such products, as 32-bit integers do: of whole numbers exactly.
+        plain = (unslice if is_sliced(weight) else unpack)(weight, outputs, x.shape[-1]).double()
+        tokens, steps = (_fixed if is_sliced(weight) else quantize)(rows)
+        y = functional.linear(tokens.double(), plain).to(wide) * (steps * scales)
     y = ACTIVATIONS[activation](y if bias is None else y + bias)
     if residual is not None:
         y = y + residual.to(wide)

@@ -60,13 +60,15 @@ inline void store(bfloat16* to, Floats x, int64_t lanes = kLanes) {
   if (lanes >= kLanes) _mm256_storeu_si256((__m256i*)to, to_bfloat16(x));
   else _mm256_mask_storeu_epi16(to, first(lanes), to_bfloat16(x));
 }
+// Of each four, which lie in each other's places, all that belong together side by side.
+inline __m512i in_order(__m512i fours) {
+  return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), fours);
+}
 // As the nearest whole numbers, one behind the other.
 inline void store_whole(int8_t* to, Floats a, Floats b, Floats c, Floats d) {
   const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a.all), _mm512_cvtps_epi32(b.all));
   const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c.all), _mm512_cvtps_epi32(d.all));
-  // Four of each lie side by side now.
-  const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
+  _mm512_storeu_si512(to, in_order(_mm512_packs_epi16(ab, cd)));
 }
 
 // The bits of the largest of them without its sign. Their order is that of the numbers; NaN is above all.

@@ -45,12 +45,12 @@ template <class T> struct Buffer {
 };
 
 // Kinds of products: the types of left and right numbers and of sums, how many numbers of a row and a column a step
-// multiplies, how many parts each factor has, and which are multiplied: the left one's with the right one's.
+// multiplies, and how many slices each factor and how many sums each product has.
 struct Bf16 {
   using left = bfloat16;
   using right = bfloat16;
   using sum = float;
-  static constexpr int step = 32, parts = 1, terms[][2] = {{0, 0}};
+  static constexpr int step = 32, slices = 1, sums = 1;
 };
 struct Int8 {
 #ifdef BERT_EVALUATION_AVX512
@@ -60,33 +60,32 @@ struct Int8 {
 #endif
   using right = int8_t;
   using sum = int32_t;
-  static constexpr int step = 64, parts = 1, terms[][2] = {{0, 0}};
+  static constexpr int step = 64, slices = 1, sums = 1;
 };
 struct Float32 {
   using left = float;
   using right = float;
   using sum = float;
-  static constexpr int step = 32, parts = 1, terms[][2] = {{0, 0}};
+  static constexpr int step = 32, slices = 1, sums = 1;
 };
-// float32 as three bfloat16: the second is what the first leaves out, the third what both do, and they hold all 24 bits.
-// Six products of such parts are as near as one in float32; the other three are below its last bit. From one product to the
-// next, one of the factors stays.
-struct SplitFloat32 {
-  using left = bfloat16;
-  using right = bfloat16;
-  using sum = float;
-  static constexpr int step = 32, parts = 3, terms[][2] = {{2, 0}, {1, 0}, {1, 1}, {0, 1}, {0, 2}, {0, 0}};
+// float32 in fixed point of 24 bits, a row's or a column's largest number being the largest there is, in slices of 8. Their
+// products are exact, and added to those that are worth as much; that of the two last slices is below the last bit.
+struct Sliced {
+  using left = int8_t;
+  using right = int8_t;
+  using sum = int32_t;
+  static constexpr int step = 64, slices = 3, sums = 4;
 };
 
-// Bytes of a row's numbers, and of a panel's, that a step multiplies.
+// Bytes of a slice of a row's numbers, and of a panel's, that a step multiplies.
 template <class Kind> constexpr int64_t row_step = Kind::step * sizeof(typename Kind::left);
 template <class Kind> constexpr int64_t panel_step = kPanel * Kind::step * sizeof(typename Kind::right);
 
-// One side of a product: where it begins, and how far apart its rows (or panels), its steps and its parts are, in bytes.
+// One side of a product: where it begins, and how far apart its rows (or panels), its steps and its slices are, in bytes.
 struct Factor {
   const void* data;
-  int64_t stride, step, part = 0;
-  const char* at(int64_t k, int i) const { return (const char*)data + k * step + i * part; }
+  int64_t stride, step, slice = 0;
+  const char* at(int64_t k, int i = 0) const { return (const char*)data + k * step + i * slice; }
 };
 
 // Whether the system lets this process use AMX; it has to be asked for once. BERT_EVALUATION_AMX=0 does without.
@@ -139,13 +138,15 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
 
   // c (32 x 32) = the first `count` of 32 rows times two panels, or as much `more`; others may be anything. `between` is
-  // called after each term of each step with its number, or after the last one. Of four panels, c is 64 wide.
+  // called after each step with its number, or after the last one. Of four panels, c is 64 wide; of slices, it has four
+  // such sums, one behind the other.
   template <class Kind, int size = 2, class Between>
   void multiply(const Factor& rows, int64_t count, const Factor& panels, int64_t steps, typename Kind::sum* c, int64_t c_stride,
                 bool more, Between&& between) const {
 #ifdef BERT_EVALUATION_AVX512
     if constexpr (std::is_same_v<Kind, Float32>) return multiply_float32<size>(rows, count, panels, steps, c, c_stride, more, between);
 #ifdef BERT_EVALUATION_HAS_AMX
+    else if constexpr (std::is_same_v<Kind, Sliced>) return multiply_sliced(rows, count, panels, steps, c, c_stride, more, between);
     else if (amx) return multiply_amx<Kind>(rows, panels, steps, c, c_stride, more, between);
 #endif
     else return multiply_avx512<Kind>(rows, count, panels, steps, c, c_stride, more, between);

@@ -3,27 +3,21 @@
 
 namespace bert_evaluation {
 
-// `part`: how many numbers apart the parts go.
-inline void split(Floats x, bfloat16* to, int64_t part) {
-  for (int i = 0; i < SplitFloat32::parts; i++) {
-    const __m256i rounded = to_bfloat16(x);
-    _mm256_storeu_si256((__m256i*)(to + i * part), rounded);
-    x = x - widened(rounded);
-  }
-}
-
-// Rows of 16 columns, two of them in each number of 32 bits, as a panel of bfloat16 has them. Rounded to nearest, ties away
-// from zero, in whole numbers: the conversion to bfloat16 and back takes longer.
-inline void split_pair(const float* even, const float* odd, bfloat16* to, int64_t part) {
-  const __m512i half = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32(0xffff0000);
-  __m512i x = _mm512_loadu_si512(even), y = _mm512_loadu_si512(odd);
-  for (int i = 0; i < SplitFloat32::parts; i++) {
-    const bool last = i + 1 == SplitFloat32::parts;  // of which nothing is left out
-    const __m512i a = last ? x : _mm512_add_epi32(x, half), b = last ? y : _mm512_and_si512(_mm512_add_epi32(y, half), high);
-    _mm512_storeu_si512(to + i * part, _mm512_or_si512(_mm512_srli_epi32(a, 16), b));
-    x = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(_mm512_and_si512(a, high))));
-    y = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(y), _mm512_castsi512_ps(b)));
-  }
+// 64 numbers in fixed point, the highest slice first. With 128 added to each slice, none borrows from the next.
+inline void store_slices(int8_t* to, int64_t apart, Floats a, Floats b, Floats c, Floats d) {
+  const __m512i middle = _mm512_set1_epi32(0x808080);
+  const __m512i alike = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12, 3, 7, 11, 15));
+  const auto slices = [&](Floats x) {  // of four numbers side by side: their first slices, their second ones, their third ones
+    const __m512i bytes = _mm512_xor_si512(_mm512_add_epi32(_mm512_cvtps_epi32(x.all), middle), middle);
+    return _mm512_shuffle_epi8(bytes, alike);
+  };
+  const __m512i of[4] = {slices(a), slices(b), slices(c), slices(d)};
+  const __m512i ab = _mm512_unpacklo_epi32(of[0], of[1]), cd = _mm512_unpacklo_epi32(of[2], of[3]);
+  const __m512i last_ab = _mm512_unpackhi_epi32(of[0], of[1]), last_cd = _mm512_unpackhi_epi32(of[2], of[3]);
+  const auto store = [&](int slice, __m512i x) { _mm512_storeu_si512(to + slice * apart, in_order(x)); };
+  store(0, _mm512_unpacklo_epi64(ab, cd));
+  store(1, _mm512_unpackhi_epi64(ab, cd));
+  store(2, _mm512_unpacklo_epi64(last_ab, last_cd));
 }
 
 // Tiles 0 to 3 are sums, 4 and 5 the upper and the lower rows, 6 and 7 the two panels. (GCC wants numbers for their names.)
@@ -46,32 +40,70 @@ inline void multiply_amx(const Factor& rows, const Factor& panels, int64_t steps
     _tile_zero(2);
     _tile_zero(3);
   }
-  int64_t turn = 0;
-  const auto multiply = [&]<size_t i>(int64_t k, std::integral_constant<size_t, i>) {
-    constexpr auto& term = Kind::terms[i];
-    constexpr auto& before = Kind::terms[i ? i - 1 : 0];
-    const char *left = rows.at(k, term[0]), *right = panels.at(k, term[1]);
-    if constexpr (!i || term[0] != before[0]) _tile_loadd(4, left, rows.stride);
-    if constexpr (!i || term[1] != before[1]) {
-      _tile_loadd(6, right, kGroupBytes);
-      _tile_loadd(7, right + panels.stride, kGroupBytes);
-    }
+  for (int64_t k = 0; k < steps; k++) {
+    const char *left = rows.at(k), *right = panels.at(k);
+    _tile_loadd(4, left, rows.stride);
+    _tile_loadd(6, right, kGroupBytes);
+    _tile_loadd(7, right + panels.stride, kGroupBytes);
     DOT(0, 4, 6);
     DOT(1, 4, 7);
-    if constexpr (!i || term[0] != before[0]) _tile_loadd(5, left + 16 * rows.stride, rows.stride);
+    _tile_loadd(5, left + 16 * rows.stride, rows.stride);
     DOT(2, 5, 6);
     DOT(3, 5, 7);
-    between(turn++);
-  };
-  for (int64_t k = 0; k < steps; k++)
-    [&]<size_t... i>(std::index_sequence<i...>) {
-      (multiply(k, std::integral_constant<size_t, i>()), ...);
-    }(std::make_index_sequence<std::size(Kind::terms)>());
+    between(k);
+  }
   _tile_stored(0, c, 4 * c_stride);
   _tile_stored(1, c + 16, 4 * c_stride);
   _tile_stored(2, c + 16 * c_stride, 4 * c_stride);
   _tile_stored(3, c + 16 * c_stride + 16, 4 * c_stride);
 }
 #undef DOT
+
+// Sixteen rows of a panel after the other. Tiles 0 to 3 are sums, each worth 1/256 of the one before, 4 to 6 a panel's slices
+// and 7 one of the rows'. Each slice is loaded once: where neighbours use AMX too, a load takes as long as a product.
+template <class Between>
+inline void multiply_sliced(const Factor& rows, int64_t count, const Factor& panels, int64_t steps, int32_t* c, int64_t c_stride,
+                            bool more, Between&& between) {
+  const int64_t next = kTile * c_stride;
+  asm volatile("" : : : "memory");
+  for (int64_t tile = 0; tile < 4; tile++) {
+    const int64_t row = tile % 2 * 16, panel = tile / 2;
+    int32_t* to = c + row * c_stride + panel * kPanel;
+    if (row >= count) continue;
+    if (more) {
+      _tile_loadd(0, to, 4 * c_stride);
+      _tile_loadd(1, to + next, 4 * c_stride);
+      _tile_loadd(2, to + 2 * next, 4 * c_stride);
+      _tile_loadd(3, to + 3 * next, 4 * c_stride);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t k = 0; k < steps; k++) {
+      const char *left = rows.at(k) + row * rows.stride, *right = panels.at(k) + panel * panels.stride;
+      _tile_loadd(7, left, rows.stride);
+      _tile_loadd(4, right, kGroupBytes);
+      _tile_dpbssd(0, 7, 4);
+      _tile_loadd(5, right + panels.slice, kGroupBytes);
+      _tile_dpbssd(1, 7, 5);
+      _tile_loadd(6, right + 2 * panels.slice, kGroupBytes);
+      _tile_dpbssd(2, 7, 6);
+      _tile_loadd(7, left + rows.slice, rows.stride);
+      _tile_dpbssd(3, 7, 6);
+      _tile_dpbssd(1, 7, 4);
+      _tile_dpbssd(2, 7, 5);
+      _tile_loadd(7, left + 2 * rows.slice, rows.stride);
+      _tile_dpbssd(3, 7, 5);
+      _tile_dpbssd(2, 7, 4);
+      between(tile * steps + k);
+    }
+    _tile_stored(0, to, 4 * c_stride);
+    _tile_stored(1, to + next, 4 * c_stride);
+    _tile_stored(2, to + 2 * next, 4 * c_stride);
+    _tile_stored(3, to + 3 * next, 4 * c_stride);
+  }
+}
 
 }  // namespace bert_evaluation

@@ -62,7 +62,7 @@ inline void multiply_rows(const Factor& rows, const Factor& panels, int64_t star
   typename Group::Sums sums[count][2] = {};
   const int64_t stride = rows.stride, groups = panel_step<Kind> / kGroupBytes;
   for (int64_t k = start; k < end; k++) {
-    const char *left = rows.at(k, 0), *right = panels.at(k, 0);
+    const char *left = rows.at(k), *right = panels.at(k);
     for (int64_t group = 0; group < groups; group++, left += row_step<Kind> / groups, right += kGroupBytes) {
       _mm_prefetch(right + 1024, _MM_HINT_T0);
       for (int turn = 0; turn < Group::turns; turn++) {

@@ -31,22 +31,20 @@ inline void multiply_avx512(const Factor& rows, int64_t count, const Factor& pan
         for (int j = 0; j < 2; j++) sums[i][j] = _mm512_loadu_si512(c + (row + i) * c_stride + 16 * j);
     __m512i totals[kRows] = {};
     for (int64_t k = 0; k < steps; k++) {
-      for (const auto& term : Kind::terms) {
-        const char *left = rows.at(k, term[0]) + row * rows.stride, *right = panels.at(k, term[1]);
-        for (int group = 0; group < 16; group++, left += 4, right += kGroupBytes) {
-          __m512i columns[2] = {_mm512_loadu_si512(right), _mm512_loadu_si512(right + panels.stride)};
-          if constexpr (is_int8)  // the instruction takes one factor without a sign: 128 is added
-            for (auto& each : columns) each = _mm512_xor_si512(each, flip);
+      const char *left = rows.at(k) + row * rows.stride, *right = panels.at(k);
+      for (int group = 0; group < 16; group++, left += 4, right += kGroupBytes) {
+        __m512i columns[2] = {_mm512_loadu_si512(right), _mm512_loadu_si512(right + panels.stride)};
+        if constexpr (is_int8)  // the instruction takes one factor without a sign: 128 is added
+          for (auto& each : columns) each = _mm512_xor_si512(each, flip);
 #pragma GCC unroll 8
-          for (int i = 0; i < kRows; i++) {
-            __m512i four = _mm512_set1_epi32(*(const int32_t*)(left + i * rows.stride));
-            for (int j = 0; j < 2; j++) sums[i][j] = dot_avx512<Kind>(sums[i][j], four, columns[j]);
-          }
+        for (int i = 0; i < kRows; i++) {
+          __m512i four = _mm512_set1_epi32(*(const int32_t*)(left + i * rows.stride));
+          for (int j = 0; j < 2; j++) sums[i][j] = dot_avx512<Kind>(sums[i][j], four, columns[j]);
         }
-        if constexpr (is_int8)
-          for (int i = 0; i < kRows; i++)
-            totals[i] = dot_avx512<Kind>(totals[i], _mm512_loadu_si512(left - row_step<Kind> + i * rows.stride), flip);
       }
+      if constexpr (is_int8)
+        for (int i = 0; i < kRows; i++)
+          totals[i] = dot_avx512<Kind>(totals[i], _mm512_loadu_si512(left - row_step<Kind> + i * rows.stride), flip);
     }
     if constexpr (is_int8)
       for (int i = 0; i < kRows; i++)  // what the 128 have added: 128 times the sum of the row
@@ -62,10 +60,10 @@ template <int count, int panels>
 inline void multiply_rows(const Factor& rows, const Factor& right, int64_t steps, float* c, int64_t c_stride, bool more) {
   __m512 sums[count][panels] = {};
   for (int64_t k = 0; k < steps; k++) {
-    const char* from = right.at(k, 0);
+    const char* from = right.at(k);
     const float* left[count];
     for (int i = 0; i < count; i++) {
-      left[i] = (const float*)(rows.at(k, 0) + i * rows.stride);
+      left[i] = (const float*)(rows.at(k) + i * rows.stride);
       asm("" : "+r"(left[i]));  // else GCC reads their distances from memory for each number
     }
     for (int64_t n = 0; n < Float32::step; n++, from += kGroupBytes) {

@@ -61,7 +61,7 @@ class Cast(Rounding):
         elif node.target is kernels.LINEAR:
             weight = node.args[1]
             assert isinstance(weight, Node)
-            if tensor_of(weight).dtype is HIGH:
+            if tensor_of(weight).dtype is HIGH or kernels.is_sliced(tensor_of(weight)):
                 return f"{node.name} is in tiles of float32 already; cast before that."
             if ending(node) != ENDINGS:
                 return f"{node.name} has taken in what follows it; cast before that."
