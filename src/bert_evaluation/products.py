@@ -45,6 +45,7 @@ def ways(device: torch.device) -> Iterator[Way]:
     if device.type == "cpu":
         yield Way("fp32", "linear", _linear)
         yield Way("fp32", "oneDNN, weight packed", _packed)
+        yield Way("fp32", "our kernels, in slices", _in_slices)
         yield Way("bf16", "linear", lambda x, w: _linear(x.bfloat16(), w.bfloat16()))
         yield Way("bf16", "oneDNN, weight packed", lambda x, w: _packed(x.bfloat16(), w.bfloat16()))
         yield Way("int8", f"quantized.linear, {torch.backends.quantized.engine}", _quantized)
@@ -101,6 +102,13 @@ def _qlinear(x: Tensor, weight: Tensor) -> Call:
     return lambda: torch.ops.onednn.qlinear_pointwise(
         numbers, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", none, ""
     )
+
+
+def _in_slices(x: Tensor, weight: Tensor) -> Call:
+    if not kernels.multiplies_slices(x.device):
+        raise RuntimeError("Float32 is not multiplied in slices here.")
+    sliced, scales = kernels.slice_up(weight)
+    return lambda: kernels.LINEAR(x, sliced, scales, None, len(weight))
 
 
 def _on_kernels(x: Tensor, weight: Tensor) -> Call:

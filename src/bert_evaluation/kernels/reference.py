@@ -3,7 +3,6 @@
 In float32 between rounding what is read and rounding what is returned; in float64 throughout for inputs in float64.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -69,8 +68,8 @@ def is_sliced(weight: Tensor) -> bool:
 
 def unslice(sliced: Tensor, outputs: int, inputs: int) -> Tensor:
     """The weight (outputs, inputs) in steps, in float32, which holds all its bits."""
-    whole = (unpack(sliced[:, :, i].flatten(1, 2), outputs, inputs).float() / SLICE**i for i in range(SLICES))
-    return functools.reduce(torch.add, whole)
+    slices = [unpack(sliced[:, :, i].flatten(1, 2), outputs, inputs).float() for i in range(SLICES)]
+    return slices[0] + (slices[1] + slices[2] / SLICE) / SLICE
 
 
 def _fixed(rows: Tensor) -> tuple[Tensor, Tensor]:

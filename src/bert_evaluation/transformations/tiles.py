@@ -36,18 +36,18 @@ class TileLinears(ReversibleTransformation):
 
         y = linear(x, W, b)        becomes        y = bert_evaluation.linear(x, packed W, None, b, outputs)
 
-    In bfloat16 or float32; the bias is float32, and so are sums. The packed weight takes the place of the plain one, and
-    as much memory. What follows can go into the operator: `FuseLinearActivation`, `FuseResidual`, `FuseSkipLayerNorm`.
-    A processor without kernels is refused unless `anyway`: then in plain PyTorch, slowly. A site is one weight, wherever
-    applied.
+    In bfloat16 or float32; the bias is float32, and so are sums. The packed weight takes the place of the plain one,
+    and as much memory. What follows can go into the operator: `FuseLinearActivation`, `FuseResidual`,
+    `FuseSkipLayerNorm`. A processor without kernels is refused unless `anyway`: then in plain PyTorch, slowly. A site
+    is one weight, wherever applied.
 
-    On AMX, which has no float32, that is multiplied as whole numbers: each row of x, and each output's weights, in fixed
-    point of 24 bits, in three slices of 8. Products of slices and their sums are exact (Ozaki et al., 2012,
+    On AMX, which has no float32, that is multiplied as whole numbers: each row of x, and each output's weights, in
+    fixed point of 24 bits, in three slices of 8. Products of slices and their sums are exact (Ozaki et al., 2012,
     doi:10.1007/s11075-011-9478-1; on integers Ootomo, Ozaki and Yokota, 2024, arXiv:2306.11975); eight of the nine are
     computed, since the last is below the last bit. Each number is rounded to 2^-24 of the largest of its row, where
-    float32 rounds each sum to 2^-24 of itself: by the bounds of both, the error is no larger (|x| |w| 2^-23 (√inputs + 2)
-    against |x| |w| 2^-24 inputs, from 12 inputs on). These weights take three quarters of the memory; where a saved graph
-    is read without AMX, they are numbers of float32 again.
+    float32 rounds each sum to 2^-24 of itself. By the bounds of both the error is no larger from 12 inputs on:
+    |x| |w| 2^-23 (√inputs + 2) against |x| |w| 2^-24 inputs. These weights take three quarters of the memory, beside
+    the plain ones that undoing needs. Where a saved graph is read without AMX, they are numbers of float32 again.
     """
 
     promise = Reassociates()
