@@ -153,7 +153,7 @@ def test_slices_hold_a_number_to_24_bits_of_its_rows_largest(pair):
     # And so is a product, which in float64 is that of what is held.
     exact = rows.double() @ held.T
     assert torch.allclose(PLAIN(rows.double(), packed, worth.double(), None, outputs), exact, rtol=1e-12, atol=1e-12)
-    off = inputs * 2.0**-23 * rows.abs().amax(-1, keepdim=True).double() * largest.T + 1e-30
+    off = inputs * 2.0**-21 * rows.abs().amax(-1, keepdim=True).double() * largest.T + 1e-37
     assert bool(
         ((PLAIN(rows, packed, worth, None, outputs).double() - rows.double() @ weight.double().T).abs() <= off).all()
     )
@@ -692,7 +692,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_what_they_do_not_take_is_said(call):
-    able(torch.bfloat16)
+    able(SLICES if call.startswith("slices") else torch.bfloat16)
     operator, arguments, said = CALLS[call]
     with pytest.raises(RuntimeError) as caught:
         operator(*arguments)
