@@ -28,7 +28,6 @@ template <class Kind> constexpr int64_t kPairs = 1;
 constexpr bool kFetchesAhead = false;  // on AVX2 it gained nothing
 #endif
 constexpr int64_t kSums = 1 << 18;  // bytes of sums that wait for more steps
-constexpr int64_t kAlone = 1 << 12;  // numbers that are rounded, or normalised, before another thread has begun
 constexpr float kLargest = 127, kSlice = 256;  // steps from 0; and into how many the next slice divides one
 
 struct Arguments {
@@ -229,13 +228,15 @@ struct Linear {
       return;
     }
     const Block block = room(0, end);
-    if (!in_place) at::parallel_for(0, end, up(kAlone, of.inputs) / of.inputs, [&](int64_t from, int64_t to) { prepare_rows(block, from, to); });
-    else if (end > of.rows) prepare_rows(block, end - kTile, end);
-    at::parallel_for(0, pairs, 1, [&](int64_t from, int64_t to) {
-      Tiles tiles;
-      multiply(tiles, block, from, to);
+    together([&](const Team& team) {
+      if (!in_place) team.split(end, [&](int64_t from, int64_t to) { prepare_rows(block, from, to); });
+      else if (end > of.rows && team.number == 0) prepare_rows(block, end - kTile, end);
+      team.wait();
+      team.split(pairs, [&](int64_t from, int64_t to) { multiply(Tiles(), block, from, to); });
+      if (!norms) return;
+      team.wait();
+      team.split(of.rows, [&](int64_t from, int64_t to) { norm_rows(block, from, to); });
     });
-    if (norms) at::parallel_for(0, of.rows, up(kAlone, of.outputs) / of.outputs, [&](int64_t from, int64_t to) { norm_rows(block, from, to); });
   }
 };
 

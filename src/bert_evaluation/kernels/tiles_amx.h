@@ -20,26 +20,39 @@ inline void store_slices(int8_t* to, int64_t apart, Floats a, Floats b, Floats c
   store(2, _mm512_unpacklo_epi64(last_ab, last_cd));
 }
 
-// Tiles 0 to 3 are sums, 4 and 5 the upper and the lower rows, 6 and 7 the two panels. (GCC wants numbers for their names.)
-#define DOT(sums, left, right)                                              \
-  if constexpr (std::is_same_v<Kind, Int8>) _tile_dpbssd(sums, left, right); \
-  else _tile_dpbf16ps(sums, left, right)
-
-template <class Kind, class Between>
-inline void multiply_amx(const Factor& rows, const Factor& panels, int64_t steps, typename Kind::sum* c, int64_t c_stride,
-                         bool more, Between&& between) {
+// Tiles 0 to 3 are sums: what they are before the first product, and where they go behind the last one. (GCC wants numbers
+// for the names of tiles.)
+template <class sum> inline void begin_sums(sum* const (&at)[4], int64_t stride, bool more) {
   asm volatile("" : : : "memory");  // what is loaded has been written: GCC does not know that tiles read memory
   if (more) {
-    _tile_loadd(0, c, 4 * c_stride);
-    _tile_loadd(1, c + 16, 4 * c_stride);
-    _tile_loadd(2, c + 16 * c_stride, 4 * c_stride);
-    _tile_loadd(3, c + 16 * c_stride + 16, 4 * c_stride);
+    _tile_loadd(0, at[0], 4 * stride);
+    _tile_loadd(1, at[1], 4 * stride);
+    _tile_loadd(2, at[2], 4 * stride);
+    _tile_loadd(3, at[3], 4 * stride);
   } else {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   }
+}
+template <class sum> inline void end_sums(sum* const (&at)[4], int64_t stride) {
+  _tile_stored(0, at[0], 4 * stride);
+  _tile_stored(1, at[1], 4 * stride);
+  _tile_stored(2, at[2], 4 * stride);
+  _tile_stored(3, at[3], 4 * stride);
+}
+
+#define DOT(sums, left, right)                                              \
+  if constexpr (std::is_same_v<Kind, Int8>) _tile_dpbssd(sums, left, right); \
+  else _tile_dpbf16ps(sums, left, right)
+
+// Tiles 4 and 5 are the upper and the lower rows, 6 and 7 the two panels.
+template <class Kind, class Between>
+inline void multiply_amx(const Factor& rows, const Factor& panels, int64_t steps, typename Kind::sum* c, int64_t c_stride,
+                         bool more, Between&& between) {
+  auto* const lower = c + 16 * c_stride;
+  begin_sums({c, c + kPanel, lower, lower + kPanel}, c_stride, more);
   for (int64_t k = 0; k < steps; k++) {
     const char *left = rows.at(k), *right = panels.at(k);
     _tile_loadd(4, left, rows.stride);
@@ -52,35 +65,21 @@ inline void multiply_amx(const Factor& rows, const Factor& panels, int64_t steps
     DOT(3, 5, 7);
     between(k);
   }
-  _tile_stored(0, c, 4 * c_stride);
-  _tile_stored(1, c + 16, 4 * c_stride);
-  _tile_stored(2, c + 16 * c_stride, 4 * c_stride);
-  _tile_stored(3, c + 16 * c_stride + 16, 4 * c_stride);
+  end_sums({c, c + kPanel, lower, lower + kPanel}, c_stride);
 }
 #undef DOT
 
-// Sixteen rows of a panel after the other. Tiles 0 to 3 are sums, each worth 1/256 of the one before, 4 to 6 a panel's slices
-// and 7 one of the rows'. Each slice is loaded once: where neighbours use AMX too, a load takes as long as a product.
+// Sixteen rows of a panel after the other. Each sum is worth 1/256 of the one before; tiles 4 to 6 are a panel's slices and 7
+// one of the rows'. Each slice is loaded once: where neighbours use AMX too, a load takes as long as a product.
 template <class Between>
 inline void multiply_sliced(const Factor& rows, int64_t count, const Factor& panels, int64_t steps, int32_t* c, int64_t c_stride,
                             bool more, Between&& between) {
   const int64_t next = kTile * c_stride;
-  asm volatile("" : : : "memory");
   for (int64_t tile = 0; tile < 4; tile++) {
     const int64_t row = tile % 2 * 16, panel = tile / 2;
-    int32_t* to = c + row * c_stride + panel * kPanel;
+    int32_t* const to = c + row * c_stride + panel * kPanel;
     if (row >= count) continue;
-    if (more) {
-      _tile_loadd(0, to, 4 * c_stride);
-      _tile_loadd(1, to + next, 4 * c_stride);
-      _tile_loadd(2, to + 2 * next, 4 * c_stride);
-      _tile_loadd(3, to + 3 * next, 4 * c_stride);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    begin_sums({to, to + next, to + 2 * next, to + 3 * next}, c_stride, more);
     for (int64_t k = 0; k < steps; k++) {
       const char *left = rows.at(k) + row * rows.stride, *right = panels.at(k) + panel * panels.stride;
       _tile_loadd(7, left, rows.stride);
@@ -99,10 +98,7 @@ inline void multiply_sliced(const Factor& rows, int64_t count, const Factor& pan
       _tile_dpbssd(2, 7, 4);
       between(tile * steps + k);
     }
-    _tile_stored(0, to, 4 * c_stride);
-    _tile_stored(1, to + next, 4 * c_stride);
-    _tile_stored(2, to + 2 * next, 4 * c_stride);
-    _tile_stored(3, to + 3 * next, 4 * c_stride);
+    end_sums({to, to + next, to + 2 * next, to + 3 * next}, c_stride);
   }
 }
 
