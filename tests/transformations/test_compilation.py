@@ -194,7 +194,6 @@ def test_a_graph_is_as_it_was_after_an_error(compiled):
 def test_the_first_call_of_a_measurement_has_the_time_of_compiling(bert, compiled, plain):
     found = measure({"Base": plain, "Compiled": compiled}, inputs_of(bert, 1, 4), rounds=1, warm_up=1)
     assert found.first_calls["Compiled"] >= graphs.stand_in(compiled).seconds
-    assert found.first_calls["Base"] < found.first_calls["Compiled"]
 
 
 def refused(graph):
