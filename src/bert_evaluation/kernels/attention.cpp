@@ -33,7 +33,7 @@ constexpr int64_t kManyBlocks = 3;
 template <class T> struct Scratch {
   Buffer<T> keys, values, probabilities, queries;
   Buffer<float> scores;
-  Buffer<Lanes> seen;
+  Buffer<Lanes> lanes;
 };
 
 template <class T> struct Heads {
@@ -81,33 +81,42 @@ template <class T> void pack_values(const T* values, int64_t stride, int64_t len
     }
 }
 
-// Which of a query's keys are seen, 16 at a time.
-void find_seen(const bool* mask, int64_t length, Lanes* to) {
-  for (int64_t key = 0; key < up(length, kTile); key += kLanes) *to++ = load_lanes(mask ? mask + key : nullptr, length - key);
-}
+// Which of a query's keys are seen, 16 at a time; and how many, tile by tile from the first one, need not be looked at.
+struct Seen {
+  Lanes* lanes;
+  int64_t clear = 0;
+  void find(const bool* mask, int64_t length) {
+    for (int64_t key = 0; key < up(length, kTile); key += kLanes)
+      lanes[key / kLanes] = load_lanes(mask ? mask + key : nullptr, length - key);
+    const void* hidden = mask ? std::memchr(mask, false, length) : nullptr;
+    clear = (hidden ? (const bool*)hidden - mask : length) / kTile * kTile;
+  }
+};
 
 // Scores of one query to e^(score - largest), zeros where it sees nothing; returns one over their sum.
-template <class T> float softmax(const float* scores, const Lanes* seen, int64_t padded, float scale, T* to) {
+template <class T> float softmax(const float* scores, const Seen& seen, int64_t padded, float scale, T* to) {
   const Floats hidden = -std::numeric_limits<float>::infinity(), factor = scale * kLog2E;
+  const auto each = [&](const auto& take) {
+    for (int64_t key = 0; key < seen.clear; key += kTile)
+      for (int i = 0; i < 2; i++) take(i, key + i * kLanes, [](Floats x, Floats) { return x; });
+    for (int64_t key = seen.clear; key < padded; key += kTile)
+      for (int i = 0; i < 2; i++)
+        take(i, key + i * kLanes, [&](Floats x, Floats otherwise) { return choose(seen.lanes[key / kLanes + i], x, otherwise); });
+  };
   Floats most[2] = {hidden, hidden}, totals[2];
-  for (int64_t key = 0; key < padded; key += kTile)
-    for (int i = 0; i < 2; i++) {
-      const Floats score = load(scores + key + i * kLanes) * factor;
-      most[i] = choose(seen[key / kLanes + i], max(most[i], score), most[i]);
-    }
+  each([&](int i, int64_t key, const auto& if_seen) { most[i] = if_seen(max(most[i], load(scores + key) * factor), most[i]); });
   const float highest = largest(max(most[0], most[1]));
   const bool sees = highest != -std::numeric_limits<float>::infinity();  // also where it is NaN
   const Floats off = sees ? -highest : 0;
-  for (int64_t key = 0; key < padded; key += kTile)
-    for (int i = 0; i < 2; i++) {
-      const Floats x = fma(load(scores + key + i * kLanes), factor, off);
-      Floats y;
-      if constexpr (std::is_same_v<T, float>) y = exp2(x, kExact);
-      else y = exp2(x, kNear);
-      y = choose(seen[key / kLanes + i], y, 0.f);
-      totals[i] = totals[i] + y;
-      store(to + key + i * kLanes, y);
-    }
+  each([&](int i, int64_t key, const auto& if_seen) {
+    const Floats x = fma(load(scores + key), factor, off);
+    Floats y;
+    if constexpr (std::is_same_v<T, float>) y = exp2(x, kExact);
+    else y = exp2(x, kNear);
+    y = if_seen(y, 0.f);
+    totals[i] = totals[i] + y;
+    store(to + key, y);
+  });
   return sees ? 1 / sum(totals[0] + totals[1]) : 0;
 }
 
@@ -122,8 +131,8 @@ void attend_head(const Tiles& tiles, const Heads<T>& of, const Sequence& to, int
   T* const probabilities = scratch.probabilities.get(2 * kTile * length);
   alignas(64) float tile[kTile * kTile];
   float shares[2][kTile];
-  Lanes* seen = scratch.seen.get(length / kLanes);
-  if (!to.mask_stride) find_seen(to.mask, to.length, seen);
+  Seen seen{scratch.lanes.get(length / kLanes)};
+  if (!to.mask_stride) seen.find(to.mask, to.length);
   const auto scores_of = [&](int64_t block) { return scores + block % 2 * kTile * length; };
   const auto probabilities_of = [&](int64_t block) { return probabilities + block % 2 * kTile * length; };
   const auto rows_of = [&](int64_t block) { return std::min<int64_t>(kTile, to.length - block * kTile); };
@@ -144,7 +153,7 @@ void attend_head(const Tiles& tiles, const Heads<T>& of, const Sequence& to, int
                            key_steps, scores_of(block) + key, length, false, between);
   };
   const auto soften = [&](int64_t block, int64_t row) {
-    if (to.mask_stride) find_seen(to.mask + (block * kTile + row) * to.mask_stride, to.length, seen);
+    if (to.mask_stride) seen.find(to.mask + (block * kTile + row) * to.mask_stride, to.length);
     shares[block % 2][row] = softmax(scores_of(block) + row * length, seen, length, of.scale, probabilities_of(block) + row * length);
   };
   const auto multiply_values = [&](int64_t block, auto&& between) {

@@ -87,21 +87,6 @@ struct Linear {
     }
   }
 
-  // One row of a tile of sums, to where it belongs: the result or, in float32, `sums`.
-  void finish(const sum* from, int64_t row, int64_t column, int64_t end, float scale, float* sums) const {
-    for (; column < end; from += kLanes, column += kLanes) {
-      const int64_t lanes = of.outputs - column, place = row * of.outputs + column;
-      Floats y = load(from + (Kind::sums - 1) * sums_apart);
-      for (int i = Kind::sums - 2; i >= 0; i--) y = fma(y, 1 / kSlice, load(from + i * sums_apart));
-      if constexpr (is_scaled) y = y * (load(of.scales + column, lanes) * scale);
-      if (of.bias) y = y + load(of.bias + column, lanes);
-      y = activate<T>(y, of.activation);
-      if (of.residual) y = y + load((const T*)of.residual + place, lanes);
-      if (sums) store(sums + column, y, lanes);
-      else store((T*)of.result + place, y, lanes);
-    }
-  }
-
   // Rows that are prepared, from `begin` to `end`; with scales for whole numbers, and room for sums before a LayerNorm.
   struct Block {
     int64_t begin, end;
@@ -116,11 +101,36 @@ struct Linear {
     int64_t row = 0, rows = 0, column = 0, columns = 0, done = 0;
   };
 
+  // Some more rows of it, to where they belong: the result or, in float32, the sums before a LayerNorm.
+  template <Activation activation> void finish_with(Waiting& tile, int64_t upto, const Block& block) const {
+    const auto* residual = (const T*)of.residual;
+    auto* result = (T*)of.result;
+    for (int64_t at = 0; at < tile.columns; at += kLanes) {
+      const int64_t column = tile.column + at, lanes = of.outputs - column;
+      const Floats bias = of.bias ? load(of.bias + column, lanes) : 0.f, scale = is_scaled ? load(of.scales + column, lanes) : 1.f;
+      for (int64_t i = tile.done; i < upto; i++) {
+        const sum* from = tile.from + i * tile.columns + at;
+        const int64_t row = tile.row + i, inside = row - block.begin, place = row * of.outputs + column;
+        Floats y = load(from + (Kind::sums - 1) * sums_apart);
+        for (int k = Kind::sums - 2; k >= 0; k--) y = fma(y, 1 / kSlice, load(from + k * sums_apart));
+        if constexpr (is_scaled) y = fma(y, scale * block.scales[inside], bias);
+        else y = y + bias;
+        y = activate<T>(y, activation);
+        if (residual) y = y + load(residual + place, lanes);
+        if (block.sums) store(block.sums + inside * of.outputs + column, y, lanes);
+        else store(result + place, y, lanes);
+      }
+    }
+    tile.done = upto;
+  }
+
   void finish(Waiting& tile, int64_t upto, const Block& block) const {
-    for (; tile.done < upto; tile.done++) {
-      const int64_t row = tile.row + tile.done, place = row - block.begin;
-      finish(tile.from + tile.done * tile.columns, row, tile.column, tile.column + tile.columns, block.scales ? block.scales[place] : 1,
-             block.sums ? block.sums + place * of.outputs : nullptr);
+    if (tile.done >= upto) return;
+    switch (of.activation) {
+      case Activation::none: return finish_with<Activation::none>(tile, upto, block);
+      case Activation::gelu: return finish_with<Activation::gelu>(tile, upto, block);
+      case Activation::gelu_tanh: return finish_with<Activation::gelu_tanh>(tile, upto, block);
+      case Activation::relu: return finish_with<Activation::relu>(tile, upto, block);
     }
   }
 

@@ -55,12 +55,12 @@ inline void multiply_amx(const Factor& rows, const Factor& panels, int64_t steps
   begin_sums({c, c + kPanel, lower, lower + kPanel}, c_stride, more);
   for (int64_t k = 0; k < steps; k++) {
     const char *left = rows.at(k), *right = panels.at(k);
-    _tile_loadd(4, left, rows.stride);
+    _tile_stream_loadd(4, left, rows.stride);
     _tile_loadd(6, right, kGroupBytes);
     _tile_loadd(7, right + panels.stride, kGroupBytes);
     DOT(0, 4, 6);
     DOT(1, 4, 7);
-    _tile_loadd(5, left + 16 * rows.stride, rows.stride);
+    _tile_stream_loadd(5, left + 16 * rows.stride, rows.stride);
     DOT(2, 5, 6);
     DOT(3, 5, 7);
     between(k);
@@ -82,18 +82,18 @@ inline void multiply_sliced(const Factor& rows, int64_t count, const Factor& pan
     begin_sums({to, to + next, to + 2 * next, to + 3 * next}, c_stride, more);
     for (int64_t k = 0; k < steps; k++) {
       const char *left = rows.at(k) + row * rows.stride, *right = panels.at(k) + panel * panels.stride;
-      _tile_loadd(7, left, rows.stride);
+      _tile_stream_loadd(7, left, rows.stride);
       _tile_loadd(4, right, kGroupBytes);
       _tile_dpbssd(0, 7, 4);
       _tile_loadd(5, right + panels.slice, kGroupBytes);
       _tile_dpbssd(1, 7, 5);
       _tile_loadd(6, right + 2 * panels.slice, kGroupBytes);
       _tile_dpbssd(2, 7, 6);
-      _tile_loadd(7, left + rows.slice, rows.stride);
+      _tile_stream_loadd(7, left + rows.slice, rows.stride);
       _tile_dpbssd(3, 7, 6);
       _tile_dpbssd(1, 7, 4);
       _tile_dpbssd(2, 7, 5);
-      _tile_loadd(7, left + 2 * rows.slice, rows.stride);
+      _tile_stream_loadd(7, left + 2 * rows.slice, rows.stride);
       _tile_dpbssd(3, 7, 5);
       _tile_dpbssd(2, 7, 4);
       between(tile * steps + k);
