@@ -101,37 +101,33 @@ struct Linear {
     int64_t row = 0, rows = 0, column = 0, columns = 0, done = 0;
   };
 
-  // Some more rows of it, to where they belong: the result or, in float32, the sums before a LayerNorm.
-  template <Activation activation> void finish_with(Waiting& tile, int64_t upto, const Block& block) const {
+  // Some more rows of it, to where they belong: the result or, in float32, the sums before a LayerNorm. What is the same for
+  // all is read first: the compiler does not know that none of it is what is written here.
+  void finish(Waiting& tile, int64_t upto, const Block& block) const {
+    if (tile.done >= upto) return;
+    const Activation activation = of.activation;
+    float* const sums = block.sums;
+    const float* const row_scales = block.scales;
+    const int64_t outputs = of.outputs, begin = block.begin;
     const auto* residual = (const T*)of.residual;
     auto* result = (T*)of.result;
     for (int64_t at = 0; at < tile.columns; at += kLanes) {
-      const int64_t column = tile.column + at, lanes = of.outputs - column;
+      const int64_t column = tile.column + at, lanes = outputs - column;
       const Floats bias = of.bias ? load(of.bias + column, lanes) : 0.f, scale = is_scaled ? load(of.scales + column, lanes) : 1.f;
       for (int64_t i = tile.done; i < upto; i++) {
         const sum* from = tile.from + i * tile.columns + at;
-        const int64_t row = tile.row + i, inside = row - block.begin, place = row * of.outputs + column;
+        const int64_t row = tile.row + i, inside = row - begin, place = row * outputs + column;
         Floats y = load(from + (Kind::sums - 1) * sums_apart);
         for (int k = Kind::sums - 2; k >= 0; k--) y = fma(y, 1 / kSlice, load(from + k * sums_apart));
-        if constexpr (is_scaled) y = fma(y, scale * block.scales[inside], bias);
+        if constexpr (is_scaled) y = fma(y, scale * row_scales[inside], bias);
         else y = y + bias;
         y = activate<T>(y, activation);
         if (residual) y = y + load(residual + place, lanes);
-        if (block.sums) store(block.sums + inside * of.outputs + column, y, lanes);
+        if (sums) store(sums + inside * outputs + column, y, lanes);
         else store(result + place, y, lanes);
       }
     }
     tile.done = upto;
-  }
-
-  void finish(Waiting& tile, int64_t upto, const Block& block) const {
-    if (tile.done >= upto) return;
-    switch (of.activation) {
-      case Activation::none: return finish_with<Activation::none>(tile, upto, block);
-      case Activation::gelu: return finish_with<Activation::gelu>(tile, upto, block);
-      case Activation::gelu_tanh: return finish_with<Activation::gelu_tanh>(tile, upto, block);
-      case Activation::relu: return finish_with<Activation::relu>(tile, upto, block);
-    }
   }
 
   // `sums` (32 x 32, or more) of a block's rows from `row` on and of pairs of panels from `pair` on, from step `start` on.

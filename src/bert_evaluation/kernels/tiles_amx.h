@@ -47,7 +47,8 @@ template <class sum> inline void end_sums(sum* const (&at)[4], int64_t stride) {
   if constexpr (std::is_same_v<Kind, Int8>) _tile_dpbssd(sums, left, right); \
   else _tile_dpbf16ps(sums, left, right)
 
-// Tiles 4 and 5 are the upper and the lower rows, 6 and 7 the two panels.
+// Tiles 4 and 5 are the upper and the lower rows, 6 and 7 the two panels. Rows pass by the first-level cache, so that panels
+// stay there for the next rows.
 template <class Kind, class Between>
 inline void multiply_amx(const Factor& rows, const Factor& panels, int64_t steps, typename Kind::sum* c, int64_t c_stride,
                          bool more, Between&& between) {
