@@ -58,6 +58,9 @@ class OurOperators(torch.nn.Module):
         normed = (self.norm_weight, self.norm_bias, 1e-5)
         y = kernels.LINEAR(x, self.weight, None, self.bias, 8, "gelu", x, *normed)
         z = kernels.LINEAR(y, self.weight, None, None, 8)
+        links = [self.weight, None, self.bias, *normed[:2], self.weight, None, None, None, None]
+        z = kernels.LINEARS(z, links, [8, 8], "gelu none", x, [0, 1], [1e-5, 0.0])
+        z = kernels.LINEARS(z, links[5:], [8], "relu", None, [-1], [0.0])
         seen = mask.bool()[:, None, None, :]
         attended = (kernels.ATTENTION(x, y, z, seen, 2, 0.5), kernels.ATTENTION(x, y, z, None, 2, 0.5))
         return *attended, kernels.PACKED_ATTENTION(x[:1], y[:1], z[:1], mask[:1], 2, 0.5)
@@ -67,7 +70,7 @@ def test_our_operators_are_called_as_c_functions(tmp_path, monkeypatch):
     there = ctypes.CDLL(None)
     names = [operator._schema.name.rpartition("::")[2] for operator in kernels.TWINS]
     assert all(hasattr(there, f"aoti_torch_cpu_{name}") for name in names)
-    assert len(names) == 3
+    assert len(names) == 4
     model = OurOperators()
     dynamic = {"x": [0, 1], "mask": [0, 1]}
     shapes = {name: dict.fromkeys(each, torch.export.Dim.DYNAMIC) for name, each in dynamic.items()}

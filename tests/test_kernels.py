@@ -7,10 +7,11 @@ import math
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -21,7 +22,8 @@ CPU = torch.device("cpu")
 KINDS = (torch.int8, torch.bfloat16, torch.float32)
 SLICES = "float32 in slices"
 FLOAT32 = (torch.float32, SLICES)
-LINEAR, ATTENTION, PACKED = kernels.LINEAR, kernels.ATTENTION, kernels.PACKED_ATTENTION
+LINEAR, LINEARS = kernels.LINEAR, kernels.LINEARS
+ATTENTION, PACKED = kernels.ATTENTION, kernels.PACKED_ATTENTION
 PLAIN = kernels.TWINS[LINEAR]
 UNIT = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}  # from one number of a type to the next, relatively
 MASKED = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 1, 1], [1, 1, 1, 1, 1]])
@@ -211,12 +213,16 @@ def test_in_double_the_reference_is_double():
     assert torch.equal(found, F.linear(x, weight.bfloat16().double()))
 
 
-@pytest.mark.parametrize("arguments", ["linear", "attention", "packed_attention"])
+@pytest.mark.parametrize("arguments", ["linear", "linears", "attention", "packed_attention"])
 def test_shapes_are_known_without_computing(arguments):
     q, mask = normal(2, 5, 8).bfloat16(), torch.ones(2, 5, dtype=torch.bool)
     weight, scales = stored(normal(9, 8), torch.int8)
     operator, given = {
         "linear": (LINEAR, (normal(2, 5, 8), weight, scales, normal(9), 9, "gelu")),
+        "linears": (
+            LINEARS,
+            (normal(2, 5, 8), [weight, scales, None, None, None], [9], "relu", normal(2, 5, 9), [0], [0.0]),
+        ),
         "attention": (ATTENTION, (q, q, q, mask[:, None, None], 2, 0.5)),
         "packed_attention": (PACKED, (*[q.reshape(1, 10, 8)] * 3, mask, 2, 0.5)),
     }[arguments]
@@ -423,6 +429,56 @@ def test_of_no_rows_there_is_nothing(kind):
 def test_x_in_float16_is_computed_in_plain_pytorch(kind):
     x, (weight, scales) = normal(3, 40).half(), stored(normal(5, 40, seed=1), kind)
     assert torch.equal(LINEAR(x, weight, scales, None, 5), PLAIN(x, weight, scales, None, 5))
+
+
+@st.composite
+def chains(draw):
+    """Linears in a row: what each is, ready but for the layout of its weight; x, and what may be added."""
+    rows, generator = draw(st.integers(1, 700)), random(draw(seeds))
+    widths = [draw(sizes) for _ in range(draw(st.integers(1, 3)))]
+    widths += [widths[draw(st.integers(0, len(widths) - 1))], draw(sizes)]  # one width is there twice
+
+    def made(*shape):
+        return torch.randn(shape, generator=generator)
+
+    residual, links = (made(rows, widths[-1]) if draw(st.booleans()) else None), list[tuple[object, ...]]()
+    for place, (inputs, outputs) in enumerate(pairwise(widths)):
+        before = [-1, *(which + 1 for which in range(place) if widths[which + 1] == outputs)]
+        if residual is not None and outputs == widths[-1]:
+            before.append(0)
+        normed = (made(outputs), made(outputs)) if draw(st.booleans()) else (None, None)
+        end = (draw(st.sampled_from(list(kernels.ACTIVATIONS))), draw(st.sampled_from(before)))
+        links.append((made(outputs, inputs), made(outputs) if draw(st.booleans()) else None, *end, *normed))
+    return made(rows, widths[0]), residual, links
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(given=chains(), low=st.booleans(), count=st.sampled_from([1, 2, 3]))
+def test_a_chain_computes_what_its_linears_do_to_the_bit(kind, given, low, count, threads):
+    x, residual, links = given
+    if low and kind not in FLOAT32:
+        x, residual = x.bfloat16(), None if residual is None else residual.bfloat16()
+    packed = [stored(weight, kind) for weight, *_ in links]
+    for linear, linears in ((LINEAR, LINEARS), (PLAIN, kernels.TWINS[LINEARS])):
+        made = [residual]
+        for (weight, scales), (plain, bias, activation, added, *normed) in zip(packed, links, strict=True):
+            more = made[added] if added >= 0 else None
+            read = x if len(made) == 1 else made[-1]
+            made.append(linear(read, weight, scales, bias, len(plain), activation, more, *normed, 1e-5))
+        tensors = [
+            tensor
+            for each, (_, bias, _, _, *normed) in zip(packed, links, strict=True)
+            for tensor in (*each, bias, *normed)
+        ]
+        names, places = " ".join(each[2] for each in links), [each[3] for each in links]
+        threads(count)
+        outputs, eps = [len(each[0]) for each in links], [1e-5] * len(links)
+        assert torch.equal(linears(x, tensors, outputs, names, residual, places, eps), made[-1])
+
+
+def test_a_chain_of_no_rows_has_none(kind):
+    of = [*stored(normal(5, 8), kind), None, None, None]
+    assert LINEARS(torch.empty(2, 0, 8), of, [5], "none", None, [-1], [0.0]).shape == (2, 0, 5)
 
 
 WITHOUT_AMX = """
@@ -651,7 +707,7 @@ CALLS = {
     "integers": (LINEAR, (X.int(), W, None, None, 5), "x is float32 or bfloat16"),
     "more inputs": (LINEAR, (torch.ones(3, 33), W, None, None, 5), "packed for other sizes"),
     "more outputs": (LINEAR, (X, W, None, None, 40), "packed for other sizes"),
-    "fewer than no outputs": (LINEAR, (X, W, None, None, -5), "negative dimension"),
+    "fewer than no outputs": (LINEAR, (X, W, None, None, -5), "packed for other sizes"),
     "a plain weight": (LINEAR, (X, torch.ones(5, 8).bfloat16(), None, None, 5), "The weight is packed"),
     "a weight in float64": (LINEAR, (X, W.double(), None, None, 5), "The weight is packed"),
     "a weight in float32, x in bfloat16": (LINEAR, (X.bfloat16(), W.float(), None, None, 5), "The weight is packed"),
@@ -676,6 +732,25 @@ CALLS = {
     "a residual of another shape": (LINEAR, (X, W, None, None, 5, "none", torch.ones(5)), "What is added"),
     "a residual of another type": (LINEAR, (X, W, None, None, 5, "none", torch.ones(3, 5).half()), "What is added"),
     "another activation": (LINEAR, (X, W, None, None, 5, "tanh"), "There is no activation 'tanh' here."),
+    "chain: none": (LINEARS, (X, [], [], "", None, [], []), "Of each linear there are five tensors"),
+    "chain: a tensor too few": (
+        LINEARS,
+        (X, [W] + 3 * [None], [5], "none", None, [-1], [0.0]),
+        "there are five tensors",
+    ),
+    "chain: no weight": (LINEARS, (X, 5 * [None], [5], "none", None, [-1], [0.0]), "Each linear has a weight."),
+    "chain: nothing to add": (LINEARS, (X, [W] + 4 * [None], [5], "none", None, [0], [0.0]), "What is added"),
+    "chain: what is still to come": (LINEARS, (X, [W] + 4 * [None], [5], "none", X, [1], [0.0]), "was made before"),
+    "chain: an activation too few": (
+        LINEARS,
+        (X[:, :5], 2 * ([kernels.pack(torch.ones(5, 5))] + 4 * [None]), [5, 5], "none", None, [-1, -1], [0.0, 0.0]),
+        "There is no activation ''",
+    ),
+    "chain: two kinds": (
+        LINEARS,
+        (X, [W, *4 * [None], W.float(), *4 * [None]], [5, 5], "none none", None, [-1, -1], [0.0, 0.0]),
+        "The weights of a chain are of one kind.",
+    ),
     "no heads": (ATTENTION, (Q, Q, Q, None, 0, 1.0), "are of one shape"),
     "fewer than no heads": (ATTENTION, (Q, Q, Q, None, -2, 1.0), "are of one shape"),
     "heads of odd width": (ATTENTION, (Q, Q, Q, None, 8, 1.0), "are of one shape"),

@@ -32,6 +32,9 @@ IN_C = {
     "int": "int64_t",
     "str": "const char*",
     "float": "double",
+    "List[Optional[Tensor]]": "const AtenTensorHandle**",
+    "List[int]": "const int64_t*",
+    "List[float]": "const double*",
 }
 
 
@@ -58,7 +61,11 @@ def config() -> dict[str, Any]:
 
 
 def _declaration(operator: torch._ops.OpOverload) -> str:
-    taken = [f"{IN_C[str(each.type)]} {each.name}" for each in operator._schema.arguments]
+    taken = list[str]()
+    for each in operator._schema.arguments:
+        taken.append(f"{IN_C[str(each.type)]} {each.name}")
+        if str(each.type).startswith("List"):
+            taken.append(f"int64_t {each.name}_size")
     name = operator._schema.name.rpartition("::")[2]
     return f"AOTITorchError aoti_torch_cpu_{name}({', '.join(taken)}, AtenTensorHandle* result)"
 

@@ -1,12 +1,14 @@
 """Operators of our own for CPUs with AVX2, AVX-512 or AMX, in C++; elsewhere their equals in plain PyTorch.
 
-`LINEAR` is a linear layer with what follows it (activation, residual, LayerNorm), on bfloat16, int8 or float32;
+`LINEAR` is a linear layer with what follows it (activation, residual, LayerNorm), on bfloat16, int8 or float32, and
+`LINEARS` several in a row, each of what the one before has made;
 `ATTENTION` that of sequences to themselves, in bfloat16 or float32, and on an NVIDIA GPU, in Triton, in 16 bits;
 `PACKED_ATTENTION` the same of sequences without padding, on a CPU.
 `reference.py` says what they compute. Each has a twin that is always plain PyTorch, for runs in float64.
 """
 
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from bert_evaluation.kernels.reference import (
     ACTIVATIONS,
     LONGEST,
     LONGEST_SLICED,
+    OF_EACH,
     SLICES,
     is_sliced,
     pack,
@@ -34,6 +37,10 @@ SCHEMAS = {
     "linear": (
         "(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, SymInt outputs, str activation='none',"
         " Tensor? residual=None, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.0) -> Tensor"
+    ),
+    "linears": (
+        "(Tensor x, Tensor?[] tensors, int[] outputs, str activations, Tensor? residual, int[] added, float[] eps)"
+        " -> Tensor"
     ),
     "attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, SymInt heads, float scale) -> Tensor",
     "packed_attention": "(Tensor query, Tensor key, Tensor value, Tensor mask, SymInt heads, float scale) -> Tensor",
@@ -96,15 +103,28 @@ def _in_one_piece(graph: GraphModule) -> None:
         return tensor
 
     read = graphs.read_names(graph)
-    weights = [each for each in graph.graph.find_nodes(op="get_attr") if is_sliced(stored(each))]
-    for weight in weights:
-        for linear in list(weight.users):
-            x, _, scales, _, outputs = linear.args[:5]
-            if is_sliced(stored(weight)):  # which others may read too
-                plain = unslice(stored(weight), outputs, x.meta["val"].shape[-1]) * stored(scales)[:, None]
-                graphs.set_tensor(graph, str(weight.target), pack(plain))
-            linear.update_arg(2, None)
-    if weights:
+    sliced = {str(each.target) for each in graph.graph.find_nodes(op="get_attr") if is_sliced(stored(each))}
+
+    def made_whole(weight: Any, scales: Any, inputs: int, outputs: int) -> Any:
+        """The scales that are left."""
+        if str(weight.target) not in sliced:
+            return scales
+        if is_sliced(stored(weight)):  # which others may read too
+            plain = unslice(stored(weight), outputs, inputs) * stored(scales)[:, None]
+            graphs.set_tensor(graph, str(weight.target), pack(plain))
+        return None
+
+    for node in graph.graph.nodes:
+        if node.target is LINEAR:
+            x, weight, scales, _, outputs = node.args[:5]
+            node.update_arg(2, made_whole(weight, scales, x.meta["val"].shape[-1], outputs))
+        elif node.target is LINEARS:
+            x, tensors, sizes = node.args[0], list(node.args[1]), node.args[2]
+            for number, (inputs, outputs) in enumerate(pairwise((x.meta["val"].shape[-1], *sizes))):
+                weight, scales = tensors[OF_EACH * number : OF_EACH * number + 2]
+                tensors[OF_EACH * number + 1] = made_whole(weight, scales, inputs, outputs)
+            node.update_arg(1, tensors)
+    if sliced:
         graph.graph.eliminate_dead_code()
         graphs.drop(graph, read - graphs.read_names(graph))
         graph.recompile()
@@ -121,6 +141,10 @@ def in_plain_pytorch(graph: GraphModule) -> GraphModule:
 
 def _fake_linear(x: Tensor, weight: Tensor, scales: Any, bias: Any, outputs: Any, *_: Any, **__: Any) -> Tensor:  # noqa: ARG001
     return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _fake_linears(x: Tensor, tensors: Any, outputs: Any, *_: Any) -> Tensor:  # noqa: ARG001
+    return x.new_empty((*x.shape[:-1], outputs[-1]))
 
 
 def _fake_attention(query: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -149,17 +173,25 @@ def _define(name: str, equal: Any, fake: Any) -> tuple[Any, Any]:
 
 _LIBRARY = torch.library.Library("bert_evaluation", "FRAGMENT")  # type: ignore[no-untyped-call]
 LINEAR, _plain_linear = _define("linear", reference.linear, _fake_linear)
+LINEARS, _plain_linears = _define("linears", reference.linears, _fake_linears)
 ATTENTION, _plain_attention = _define("attention", reference.attention, _fake_attention)
 PACKED_ATTENTION, _plain_packed_attention = _define("packed_attention", varlen.attention, _fake_attention)
 _LIBRARY.impl("attention", _attention_on_cuda, "CUDA")  # type: ignore[no-untyped-call]
-TWINS = {LINEAR: _plain_linear, ATTENTION: _plain_attention, PACKED_ATTENTION: _plain_packed_attention}
+TWINS = {
+    LINEAR: _plain_linear,
+    LINEARS: _plain_linears,
+    ATTENTION: _plain_attention,
+    PACKED_ATTENTION: _plain_packed_attention,
+}
 
 __all__ = [
     "ACTIVATIONS",
     "ATTENTION",
     "LINEAR",
+    "LINEARS",
     "LONGEST",
     "LONGEST_SLICED",
+    "OF_EACH",
     "PACKED_ATTENTION",
     "SLICES",
     "in_plain_pytorch",

@@ -35,10 +35,17 @@ struct Arguments {
   const void* x;
   const char* weight;
   const float *scales, *bias, *norm_weight, *norm_bias;
-  const void* residual;
+  const void* residual = nullptr;
+  int64_t added = -1;  // of a chain: what is the residual: -1 none, 0 what is given, else the result of the first, second...
   void* result;
   Activation activation;
   float eps;
+};
+
+// Memory of a thread's own for a block.
+struct Room {
+  Buffer<char> rows;
+  Buffer<float> scales, sums;
 };
 
 // What a step of a row is worth. NaN is above all.
@@ -55,6 +62,7 @@ struct Linear {
   static constexpr int64_t panel_bytes = Kind::slices * panel_step<Kind>, sums_apart = kTile * kTile;
   const Arguments& of;
   const int64_t steps = up(of.inputs, Kind::step) / Kind::step, panel = steps * panel_bytes, tile_bytes = steps * row_bytes;
+  const int64_t pairs = up(of.outputs, kTile) / kTile;  // of panels
   // Rows are read where they lie if they are what is multiplied, but for those that end no tile or no step.
   const bool in_place = std::is_same_v<T, left> && of.inputs % Kind::step == 0;
 
@@ -199,50 +207,40 @@ struct Linear {
     finish(waiting, waiting.rows, block);
   }
 
-  void run() const {
-    static thread_local Buffer<char> row_buffer;
-    static thread_local Buffer<float> scale_buffer, sum_buffer;
-    const int64_t pairs = up(of.outputs, kTile) / kTile, threads = at::get_num_threads();
-    const bool norms = of.norm_weight != nullptr;
-    auto room = [&](int64_t begin, int64_t end) {
-      const int64_t rows = end - begin;
-      return Block{begin, end, row_buffer.get(rows / kTile * tile_bytes), is_scaled ? scale_buffer.get(rows) : nullptr,
-                   norms ? sum_buffer.get(rows * of.outputs) : nullptr};
-    };
-    auto prepare_rows = [&](const Block& block, int64_t from, int64_t to) {
-      prepare(from, to, block.rows + (from - block.begin) / kTile * tile_bytes, block.scales + (from - block.begin));
-    };
-    auto norm_rows = [&](const Block& block, int64_t from, int64_t to) {
-      for (int64_t row = from; row < to; row++)
-        norm(block.sums + (row - block.begin) * of.outputs, of.outputs, of.norm_weight, of.norm_bias, of.eps, (T*)of.result + row * of.outputs);
-    };
-    const int64_t end = up(of.rows, kTile);
-    if (of.rows >= kBlock * threads || threads == 1) {
-      // Of larger blocks, fewer read the panels again.
-      const int64_t bytes = tile_bytes / kTile + (norms ? of.outputs * (int64_t)sizeof(float) : 0);
-      const bool may_double = 2 * kBlock * bytes <= second_level_cache() * 3 / 8;
-      const int64_t most = may_double ? 2 * kBlock : kBlock;
-      const int64_t rows = up(of.rows, threads) / threads, blocks = up(rows, most) / most * threads;
-      const int64_t size = up(up(of.rows, blocks) / blocks, kTile);
-      share(up(of.rows, size) / size, [&](const Tiles& tiles, int64_t each) {
-        const Block block = room(each * size, std::min(end, (each + 1) * size));
-        if (!in_place) prepare_rows(block, block.begin, block.end);
-        else if (block.end > of.rows) prepare_rows(block, block.end - kTile, block.end);
-        multiply(tiles, block, 0, pairs);
-        if (norms) norm_rows(block, block.begin, std::min(block.end, of.rows));
-      });
-      return;
-    }
-    const Block block = room(0, end);
-    together([&](const Team& team) {
-      if (!in_place) team.split(end, [&](int64_t from, int64_t to) { prepare_rows(block, from, to); });
-      else if (end > of.rows && team.number == 0) prepare_rows(block, end - kTile, end);
-      team.wait();
-      team.split(pairs, [&](int64_t from, int64_t to) { multiply(Tiles(), block, from, to); });
-      if (!norms) return;
-      team.wait();
-      team.split(of.rows, [&](int64_t from, int64_t to) { norm_rows(block, from, to); });
-    });
+  // Bytes of a row that stay in the cache while it is at work.
+  int64_t bytes_of_row() const { return tile_bytes / kTile + (of.norm_weight ? of.outputs * (int64_t)sizeof(float) : 0); }
+
+  Block block(int64_t begin, int64_t end, Room& room) const {
+    const int64_t rows = end - begin;
+    return {begin, end, room.rows.get(rows / kTile * tile_bytes), is_scaled ? room.scales.get(rows) : nullptr,
+            of.norm_weight ? room.sums.get(rows * of.outputs) : nullptr};
+  }
+
+  // All of a block, on one thread.
+  void compute(const Tiles& tiles, const Block& block) const {
+    if (!in_place) prepare_rows(block, block.begin, block.end);
+    else if (block.end > of.rows) prepare_rows(block, block.end - kTile, block.end);
+    multiply(tiles, block, 0, pairs);
+    if (block.sums) norm_rows(block, block.begin, std::min(block.end, of.rows));
+  }
+
+  // A block of all rows, on several threads, each of which has its part of the columns.
+  void compute(const Team& team, const Block& block) const {
+    if (!in_place) team.split(block.end, [&](int64_t from, int64_t to) { prepare_rows(block, from, to); });
+    else if (block.end > of.rows && team.number == 0) prepare_rows(block, block.end - kTile, block.end);
+    team.wait();
+    team.split(pairs, [&](int64_t from, int64_t to) { multiply(Tiles(), block, from, to); });
+    if (!block.sums) return;
+    team.wait();
+    team.split(of.rows, [&](int64_t from, int64_t to) { norm_rows(block, from, to); });
+  }
+
+  void prepare_rows(const Block& block, int64_t from, int64_t to) const {
+    prepare(from, to, block.rows + (from - block.begin) / kTile * tile_bytes, block.scales + (from - block.begin));
+  }
+  void norm_rows(const Block& block, int64_t from, int64_t to) const {
+    for (int64_t row = from; row < to; row++)
+      norm(block.sums + (row - block.begin) * of.outputs, of.outputs, of.norm_weight, of.norm_bias, of.eps, (T*)of.result + row * of.outputs);
   }
 };
 

@@ -3,7 +3,7 @@
 In float32 between rounding what is read and rounding what is returned; in float64 throughout for inputs in float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ LONGEST_SLICED = (2**31 - 1) // (SLICES * (SLICE // 2) ** 2)  # up to three prod
 PANEL = 16  # outputs in a panel
 STEP = {torch.int8: 64, torch.bfloat16: 32, torch.float32: 32}  # numbers of a row that a step multiplies
 GROUP = {torch.int8: 4, torch.bfloat16: 2, torch.float32: 1}  # numbers that are multiplied together: what 32 bits hold
+OF_EACH = 5  # tensors of each linear of several in a row
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": functional.gelu,
@@ -116,6 +117,30 @@ def linear(
     if norm_weight is not None:
         y = functional.layer_norm(y, (outputs,), norm_weight, norm_bias, eps)
     return y.to(x.dtype)
+
+
+def linears(
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    outputs: Sequence[int],
+    activations: str,
+    residual: Tensor | None,
+    added: Sequence[int],
+    eps: Sequence[float],
+) -> Tensor:
+    """One `linear` after the other, each of what the one before has made.
+
+    Of each: five `tensors` (weight, scales, bias, weight and bias of LayerNorm), its outputs, one of the `activations`,
+    which are apart by spaces, and what it adds: nothing (-1), the `residual` (0), or the result of the first (1)...
+    """
+    made: list[Tensor | None] = [residual]
+    for number, (size, activation) in enumerate(zip(outputs, activations.split(" "), strict=True)):
+        weight, scales, bias, norm_weight, norm_bias = tensors[OF_EACH * number : OF_EACH * (number + 1)]
+        assert weight is not None
+        more = made[added[number]] if added[number] >= 0 else None
+        x = linear(x, weight, scales, bias, size, activation, more, norm_weight, norm_bias, eps[number])
+        made.append(x)
+    return x
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: int, scale: float) -> Tensor:

@@ -11,6 +11,7 @@ from bert_evaluation.transformations.attention import FuseAttention
 from bert_evaluation.transformations.attention_scale import FoldAttentionScale
 from bert_evaluation.transformations.balancing import BalanceLinears
 from bert_evaluation.transformations.batchnorm import FuseBatchNorm1dInLinear, FuseBatchNorm2dInConv2d
+from bert_evaluation.transformations.chains import ChainLinears
 from bert_evaluation.transformations.cleanup import DeepCopy, LintAndRecompile, RemoveDropout
 from bert_evaluation.transformations.compilation import Compile
 from bert_evaluation.transformations.constants import FoldConstants
@@ -60,6 +61,7 @@ REGISTRY: tuple[type[Transformation], ...] = (
     TileLinears,
     TileAttention,
     FuseSkipLayerNorm,
+    ChainLinears,
     Compile,
 )
 
@@ -67,7 +69,7 @@ ORIGINAL = (LintAndRecompile, MergeLinears, FuseBiasInLinear, ChangeTrueDivToMul
 
 
 CLEAN = (RemoveDropout, FoldConstants, EliminateCommonSubexpressions, FuseAttention, HoistMask, MergeLinears)
-FUSE = (FuseLinearActivation, FuseResidual, FuseSkipLayerNorm, PackLinears)
+FUSE = (FuseLinearActivation, FuseResidual, FuseSkipLayerNorm, ChainLinears, PackLinears)
 
 BFLOAT16 = (CastEmbeddings, CastToBFloat16, TileLinears, TileAttention, *FUSE)
 
@@ -115,6 +117,7 @@ __all__ = [
     "CastEmbeddings",
     "CastToBFloat16",
     "CastToFloat16",
+    "ChainLinears",
     "ChangeTrueDivToMulByInverse",
     "Compile",
     "DeepCopy",

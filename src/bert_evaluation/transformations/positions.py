@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch import fx
 
 from bert_evaluation import float8, kernels, onednn, tanh_gelu
 from bert_evaluation import graph as graphs
@@ -55,7 +56,7 @@ _CUTS: dict[Any, Check] = {
     operator.getitem: lambda node: _is_list(node.args[0]),
 }
 _POSITION_WISE: dict[Any, Check] = (
-    dict.fromkeys((*LINEARS, *PAIRS, *ELEMENTWISE, *COPIES), lambda _: True)
+    dict.fromkeys((*LINEARS, kernels.LINEARS, *PAIRS, *ELEMENTWISE, *COPIES), lambda _: True)
     | _CUTS
     | {
         float8.ROWS: lambda _: True,
@@ -88,10 +89,13 @@ def why_not_position_wise(node: Node, packed: Collection[Node]) -> str | None:
     """Why the node is more than a function of the same position of each of these tensors, if it is."""
     if not is_position_wise(node):
         return f"{node.name} ({node.target}) is not known to treat each position by itself."
-    if node.target in LINEARS:
-        added = {onednn.BINARY: 1, kernels.LINEAR: 6, float8.LINEAR: 1}.get(node.target)  # the argument that is, too
+    if node.target in (*LINEARS, kernels.LINEARS):
+        added = {onednn.BINARY: 1, kernels.LINEAR: 6, kernels.LINEARS: 4, float8.LINEAR: 1}.get(
+            node.target
+        )  # the argument that is, too
         tensors = [each for place, each in enumerate(node.args) if place in (0, added) and each is not None]
-        more = [each for place, each in enumerate(node.args) if place not in (0, added)]
+        more = list[Node]()
+        fx.map_arg([each for place, each in enumerate(node.args) if place not in (0, added)], more.append)
         if not all(each in packed for each in tensors) or any(each in packed for each in more):
             return f"{node.name} multiplies what is computed for each token with another such tensor."
         return None
