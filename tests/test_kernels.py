@@ -473,7 +473,8 @@ def test_a_chain_computes_what_its_linears_do_to_the_bit(kind, given, low, count
         names, places = " ".join(each[2] for each in links), [each[3] for each in links]
         threads(count)
         outputs, eps = [len(each[0]) for each in links], [1e-5] * len(links)
-        assert torch.equal(linears(x, tensors, outputs, names, residual, places, eps), made[-1])
+        found = linears(x, tensors, outputs, names, residual, places, eps)
+        assert torch.equal(found, made[-1])
 
 
 def test_a_chain_of_no_rows_has_none(kind):

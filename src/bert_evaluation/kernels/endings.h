@@ -27,8 +27,9 @@ template <class T> inline Floats activate(Floats x, Activation activation) {
   }
 }
 
-// LayerNorm of a row, in two passes, each with four chains of sums, which do not wait for each other.
-template <class T> inline void norm(const float* x, int64_t size, const float* weight, const float* bias, float eps, T* to) {
+// LayerNorm of a row, in two passes, each with four chains of sums, which do not wait for each other. It is compiled once, not
+// into each of its callers: the compiler might round differently in each, as it makes one step of a product and a sum.
+template <class T> [[gnu::noinline]] void norm(const float* x, int64_t size, const float* weight, const float* bias, float eps, T* to) {
   constexpr int kChains = 4;
   auto total = [](const Floats (&of)[kChains]) { return sum((of[0] + of[1]) + (of[2] + of[3])); };
   Floats totals[kChains], squares[kChains];
