@@ -627,6 +627,33 @@ def test_a_query_that_is_not_finite_stays_so_and_leaves_others_alone(attends):
     assert torch.equal(ATTENTION(*spoilt, seen, 3, 0.4), ATTENTION(q, k, v, seen, 3, 0.4))
 
 
+@pytest.mark.parametrize("others", [-1024.0, -64.0, 32.0, 64.0, 128.0, 1024.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_where_the_first_score_says_little_about_others(attends, others, masked):
+    # Half of the queries see scores of 0 alone, others also one, or many, that are out of range of that.
+    length = 100
+    keys = torch.zeros(3, length, 8)
+    keys[0, 70, 0] = keys[1, 1:, 0] = keys[2, 40:, 0] = others
+    keys[2, 99, 0] = 1.5 * others
+    queries = torch.zeros(3, length, 8)
+    queries[:, ::2, 0] = 1
+    q, k, v = (each.to(attends) for each in (queries, keys, normal(3, length, 8)))
+    mask = torch.rand(3, 1, length, length, generator=random(1)) < 0.6 if masked else None
+    found = ATTENTION(q, k, v, mask, 1, 1.0)
+    assert near(found, q, k, v, mask, 1, 1.0)
+    # Those that see nothing of that are as they are without it.
+    assert torch.equal(found[:, 1::2], ATTENTION(torch.zeros_like(q), k, v, mask, 1, 1.0)[:, 1::2])
+
+
+def test_a_key_whose_score_is_minus_infinity_is_not_seen(attends):
+    q, k, v = (normal(1, 40, 2, seed=seed).to(attends) for seed in range(3))
+    q, seen = q.abs(), torch.ones(40, dtype=torch.bool)
+    for key in (0, 35):
+        k[0, key], seen[key] = -torch.inf, False
+    found, expected = ATTENTION(q, k, v, None, 1, 1.0), ATTENTION(q, k, v, seen, 1, 1.0)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+
+
 def test_attention_on_several_threads_and_alone(attends, threads):
     q, k, v = (normal(5, 70, 48, seed=seed).to(attends) for seed in range(3))
     mask = torch.rand(5, 1, 1, 70, generator=random(4)) < 0.6

@@ -1,7 +1,7 @@
 // Attention in bfloat16 or float32 of sequences to themselves: softmax(scale Q K^T) V, each sequence and head apart.
 //
-// Keys and values of a head are packed once; then 32 queries at a time have all their scores in the cache, in float32,
-// from the products to the softmax. No score is written to memory.
+// Keys and values of a head are packed once. Scores of 32 queries and 32 keys, in float32, are softened as soon as they are
+// multiplied; none is written to memory, nor further than the first-level cache.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ne.h>
@@ -28,12 +28,8 @@ struct Sequence {
 
 template <class T> using Product = std::conditional_t<std::is_same_v<T, float>, Float32, Bf16>;
 
-constexpr int64_t kManyBlocks = 3;
-
 template <class T> struct Scratch {
   Buffer<T> keys, values, probabilities, queries;
-  Buffer<float> scores;
-  Buffer<Lanes> lanes;
 };
 
 template <class T> struct Heads {
@@ -81,64 +77,93 @@ template <class T> void pack_values(const T* values, int64_t stride, int64_t len
     }
 }
 
-// Which of a query's keys are seen, 16 at a time; and how many, tile by tile from the first one, need not be looked at.
-struct Seen {
-  Lanes* lanes;
-  int64_t clear = 0;
-  void find(const bool* mask, int64_t length) {
-    for (int64_t key = 0; key < up(length, kTile); key += kLanes)
-      lanes[key / kLanes] = load_lanes(mask ? mask + key : nullptr, length - key);
-    const void* hidden = mask ? std::memchr(mask, false, length) : nullptr;
-    clear = (hidden ? (const bool*)hidden - mask : length) / kTile * kTile;
+constexpr float kNone = -std::numeric_limits<float>::infinity(), kTooMuch = 0x1p64f;
+
+// The softmax of up to 32 queries, keys after keys: e^(score - reference), and the sums of that. The reference only has to keep
+// numbers in range, and bfloat16 has the range of float32. So it is the first score that a query sees; where others are out
+// of range of that, the largest one.
+template <class T>
+struct Softmax {
+  const Sequence& of;
+  const int64_t query, rows, stride;
+  const float factor;
+  T* const result;
+  float references[kTile], shares[kTile];
+  bool in_range[kTile];
+  Floats totals[kTile];
+
+  Softmax(const Sequence& of, int64_t query, int64_t stride, float scale, T* result)
+      : of(of), query(query), rows(std::min<int64_t>(kTile, of.length - query)), stride(stride), factor(scale * kLog2E), result(result) {
+    std::fill_n(references, kTile, kNone);
+    std::memset((void*)(result + rows * stride), 0, (kTile - rows) * stride * sizeof(T));
+  }
+
+  const bool* mask(int64_t row, int64_t key) const { return of.mask ? of.mask + (query + row) * of.mask_stride + key : nullptr; }
+  Lanes seen(int64_t row, int64_t key) const { return load_lanes(mask(row, key), of.length - key); }
+
+  // Scores of 32 keys from `key` on.
+  void add(const float* scores, int64_t key) {
+    const bool all = !of.mask && key + kTile <= of.length;
+    Lanes both[2];
+    for (int64_t row = 0; row < rows; row++, scores += kTile) {
+      if (references[row] == kNone) references[row] = first_seen(scores, row, key);
+      if (all) {
+        add_row(scores, row, key, [](int, Floats y) { return y; });
+        continue;
+      }
+      for (int i = 0; i < 2 && (row == 0 || of.mask_stride); i++) both[i] = seen(row, key + i * kLanes);
+      add_row(scores, row, key, [&](int half, Floats y) { return choose(both[half], y, 0.f); });
+    }
+  }
+  template <class Seen> void add_row(const float* scores, int64_t row, int64_t key, const Seen& if_seen) {
+    const Floats off = references[row] == kNone ? 0 : -references[row], factor = this->factor;
+    const auto softened = [&](int half) {
+      const Floats x = fma(load(scores + half * kLanes), factor, off);
+      if constexpr (std::is_same_v<T, float>) return if_seen(half, exp2(x));
+      else return if_seen(half, near_exp2(x));
+    };
+    const Floats first = softened(0), second = softened(1);
+    totals[row] = totals[row] + (first + second);
+    store_two(result + row * stride + key, first, second);
+  }
+  float first_seen(const float* scores, int64_t row, int64_t key) const {
+    const bool* seen = mask(row, key);
+    for (int64_t i = 0; i < std::min<int64_t>(kTile, of.length - key); i++)
+      if ((!seen || seen[i]) && scores[i] * factor != kNone) return scores[i] * factor;
+    return kNone;
+  }
+
+  // Behind the last keys: what makes each row's sum 1, nothing where it sees nothing. Returns whether all were in range.
+  bool finish() {
+    bool all = true;
+    for (int64_t row = 0; row < rows; row++) {
+      const float total = sum(totals[row]);
+      shares[row] = references[row] == kNone ? 0 : 1 / total;
+      all &= in_range[row] = !(total > kTooMuch);
+    }
+    return all;
+  }
+
+  // To begin again, with the largest score as the reference of those that were not.
+  void raise(const float* scores, int64_t key) {
+    for (int64_t row = 0; row < rows; row++, scores += kTile) {
+      totals[row] = 0;
+      for (int i = 0; i < kTile && !in_range[row]; i += kLanes)
+        references[row] = std::max(references[row], largest(choose(seen(row, key + i), load(scores + i) * factor, kNone)));
+    }
   }
 };
 
-// Scores of one query to e^(score - largest), zeros where it sees nothing; returns one over their sum.
-template <class T> float softmax(const float* scores, const Seen& seen, int64_t padded, float scale, T* to) {
-  const Floats hidden = -std::numeric_limits<float>::infinity(), factor = scale * kLog2E;
-  const auto each = [&](const auto& take) {
-    for (int64_t key = 0; key < seen.clear; key += kTile)
-      for (int i = 0; i < 2; i++) take(i, key + i * kLanes, [](Floats x, Floats) { return x; });
-    for (int64_t key = seen.clear; key < padded; key += kTile)
-      for (int i = 0; i < 2; i++)
-        take(i, key + i * kLanes, [&](Floats x, Floats otherwise) { return choose(seen.lanes[key / kLanes + i], x, otherwise); });
-  };
-  Floats most[2] = {hidden, hidden}, totals[2];
-  each([&](int i, int64_t key, const auto& if_seen) { most[i] = if_seen(max(most[i], load(scores + key) * factor), most[i]); });
-  const float highest = largest(max(most[0], most[1]));
-  const bool sees = highest != -std::numeric_limits<float>::infinity();  // also where it is NaN
-  const Floats off = sees ? -highest : 0;
-  each([&](int i, int64_t key, const auto& if_seen) {
-    const Floats x = fma(load(scores + key), factor, off);
-    Floats y;
-    if constexpr (std::is_same_v<T, float>) y = exp2(x, kExact);
-    else y = exp2(x, kNear);
-    y = if_seen(y, 0.f);
-    totals[i] = totals[i] + y;
-    store(to + key, y);
-  });
-  return sees ? 1 / sum(totals[0] + totals[1]) : 0;
-}
-
-// Some queries have their scores multiplied, and others their values, while those between them are at their softmax: the
-// tiles, which multiply, and the vector units take turns at the same queries, but not at the same time.
 template <class T>
 void attend_head(const Tiles& tiles, const Heads<T>& of, const Sequence& to, int64_t head, const T* keys, const T* values, Scratch<T>& scratch) {
   using Kind = Product<T>;
   const int64_t inner = up(of.width, kTile), length = up(to.length, kTile);  // a step has 32 numbers
-  const int64_t key_steps = inner / kTile, value_steps = length / kTile, blocks = length / kTile;
-  float* const scores = scratch.scores.get(2 * kTile * length);
-  T* const probabilities = scratch.probabilities.get(2 * kTile * length);
+  const int64_t key_steps = inner / kTile, value_steps = length / kTile;
+  T* const probabilities = scratch.probabilities.get(kTile * length);
   alignas(64) float tile[kTile * kTile];
-  float shares[2][kTile];
-  Seen seen{scratch.lanes.get(length / kLanes)};
-  if (!to.mask_stride) seen.find(to.mask, to.length);
-  const auto scores_of = [&](int64_t block) { return scores + block % 2 * kTile * length; };
-  const auto probabilities_of = [&](int64_t block) { return probabilities + block % 2 * kTile * length; };
-  const auto rows_of = [&](int64_t block) { return std::min<int64_t>(kTile, to.length - block * kTile); };
-
-  const auto multiply_keys = [&](int64_t block, auto&& between) {
-    const int64_t query = block * kTile, rows = rows_of(block);
+  for (int64_t query = 0; query < to.length; query += kTile) {
+    Softmax<T> softmax(to, query, length, of.scale, probabilities);
+    const int64_t rows = softmax.rows;
     const T* left = of.query + (to.start + query) * of.query_stride + head * of.width;
     int64_t stride = of.query_stride;
     if (rows < kTile || inner != of.width) {
@@ -148,42 +173,26 @@ void attend_head(const Tiles& tiles, const Heads<T>& of, const Sequence& to, int
           store(copy + row * inner + k, row < rows ? load(left + row * stride + k, of.width - k) : 0.f);
       left = copy, stride = inner;
     }
-    for (int64_t key = 0; key < length; key += kTile)
-      tiles.multiply<Kind>({left, stride * (int64_t)sizeof(T), row_step<Kind>}, rows, {keys + key * inner, key_steps * panel_step<Kind>, panel_step<Kind>},
-                           key_steps, scores_of(block) + key, length, false, between);
-  };
-  const auto soften = [&](int64_t block, int64_t row) {
-    if (to.mask_stride) seen.find(to.mask + (block * kTile + row) * to.mask_stride, to.length);
-    shares[block % 2][row] = softmax(scores_of(block) + row * length, seen, length, of.scale, probabilities_of(block) + row * length);
-  };
-  const auto multiply_values = [&](int64_t block, auto&& between) {
-    const int64_t rows = rows_of(block);
-    std::memset((void*)(probabilities_of(block) + rows * length), 0, (kTile - rows) * length * sizeof(T));
+    const auto scores = [&](const auto& take) {
+      tiles.multiply_all<Kind>({left, stride * (int64_t)sizeof(T), row_step<Kind>}, rows, {keys, key_steps * panel_step<Kind>, panel_step<Kind>},
+                               key_steps, value_steps, [&](int64_t number, const float* made) { take(made, number * kTile); });
+    };
+    const auto add = [&](const float* made, int64_t key) { softmax.add(made, key); };
+    scores(add);
+    if (!softmax.finish()) {
+      scores([&](const float* made, int64_t key) { softmax.raise(made, key); });
+      scores(add);
+      softmax.finish();
+    }
     for (int64_t column = 0; column < inner; column += kTile) {
-      tiles.multiply<Kind>({probabilities_of(block), length * (int64_t)sizeof(T), row_step<Kind>}, rows,
-                           {values + column * length, value_steps * panel_step<Kind>, panel_step<Kind>}, value_steps, tile, kTile, false, between);
+      tiles.multiply<Kind>({probabilities, length * (int64_t)sizeof(T), row_step<Kind>}, rows,
+                           {values + column * length, value_steps * panel_step<Kind>, panel_step<Kind>}, value_steps, tile, kTile, false, [](int64_t) {});
       for (int64_t row = 0; row < rows; row++) {
-        T* result = of.result + (to.start + block * kTile + row) * of.result_stride + head * of.width + column;
+        T* result = of.result + (to.start + query + row) * of.result_stride + head * of.width + column;
         for (int half = 0; half < 2; half++)
-          store(result + half * kLanes, load(tile + row * kTile + half * kLanes) * shares[block % 2][row], of.width - column - half * kLanes);
+          store(result + half * kLanes, load(tile + row * kTile + half * kLanes) * softmax.shares[row], of.width - column - half * kLanes);
       }
     }
-  };
-
-  const int64_t lag = std::is_same_v<T, bfloat16> && tiles.amx && blocks >= kManyBlocks ? 1 : 0;
-  for (int64_t block = 0; block < blocks + 2 * lag; block++) {
-    const bool has_keys = block < blocks, has_values = block >= 2 * lag;
-    const int64_t softened = block - lag, rows = softened >= 0 && softened < blocks ? rows_of(softened) : 0;
-    const float pace = lag * (float)rows / (has_keys * blocks * key_steps + has_values * inner / kTile * value_steps);
-    int64_t turn = 0, row = 0;
-    const auto soften_upto = [&](int64_t end) {
-      for (; row < end; row++) soften(softened, row);
-    };
-    const auto between = [&](int64_t) { soften_upto((int64_t)(pace * ++turn)); };
-    if (has_keys) multiply_keys(block, between);
-    if (!lag) soften_upto(rows);
-    if (has_values) multiply_values(block - 2 * lag, between);
-    soften_upto(rows);
   }
 }
 

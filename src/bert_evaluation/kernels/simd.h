@@ -20,6 +20,12 @@ constexpr int kLanes = 16;
 
 namespace bert_evaluation {
 
+// One behind the other; in bfloat16 AVX-512 has an instruction for that.
+template <class T> inline void store_two(T* to, Floats x, Floats y) {
+  store(to, x);
+  store(to + kLanes, y);
+}
+
 // 2^x, by a polynomial for it between -1/2 and 1/2; 0 for minus infinity and all below -126, NaN for NaN.
 template <size_t terms> inline Floats exp2(Floats x, const float (&c)[terms]) {
   x = max(-150.f, x);  // the second of them if one is NaN
@@ -29,10 +35,13 @@ template <size_t terms> inline Floats exp2(Floats x, const float (&c)[terms]) {
   return times_2_to_the(y, whole);
 }
 
-// To 2e-7 of it; and to 4e-6, for what is rounded to bfloat16 afterwards.
+// To 2e-7 of it; and to 4e-6, for what is rounded to bfloat16 afterwards (on AVX-512 there is a faster way).
 constexpr float kExact[] = {1.f, 0.693147182f, 0.240226462f, 0.0555033982f, 0.00961834099f, 0.00133990263f, 0.000154344974f};
 constexpr float kNear[] = {1.f, 0.693121016f, 0.240223497f, 0.0559219755f, 0.00966636837f};
 inline Floats exp2(Floats x) { return exp2(x, kExact); }
+#ifndef BERT_EVALUATION_AVX512
+inline Floats near_exp2(Floats x) { return exp2(x, kNear); }
+#endif
 
 constexpr float kLog2E = 1.44269504f;
 

@@ -1,6 +1,7 @@
 // Sixteen float32 numbers in one register of AVX-512.
 #pragma once
 #include <immintrin.h>
+#include <bit>
 #include <cstdint>
 
 namespace bert_evaluation {
@@ -60,6 +61,30 @@ inline void store(bfloat16* to, Floats x, int64_t lanes = kLanes) {
   if (lanes >= kLanes) _mm256_storeu_si256((__m256i*)to, to_bfloat16(x));
   else _mm256_mask_storeu_epi16(to, first(lanes), to_bfloat16(x));
 }
+// 2^x to 2e-4 of it, for what is rounded to bfloat16 afterwards; 2^-126 for all below -126, 2^127 above 127, NaN for NaN. x is
+// a whole number of sixteenths, whose power a table has but for the exponent, and a rest.
+struct Sixteenths {
+  alignas(64) int32_t powers[16];  // without what the number's place, shifted to the exponent, adds to their bits
+  constexpr Sixteenths() : powers() {
+    double power = 1;
+    for (int i = 0; i < 16; i++, power *= 1.0442737824274138) powers[i] = std::bit_cast<int32_t>((float)power) - (i << 19);
+  }
+};
+inline Floats near_exp2(Floats x) {
+  static constexpr Sixteenths table;
+  const Floats shift = 0x1.8p19f;  // beside it, a float has sixteenths, and they are its last bits
+  x = min(127.f, max(-126.f, x));  // the second of them if one is NaN
+  const Floats shifted = x + shift, rest = x - (shifted - shift);
+  const __m512i sixteenths = _mm512_castps_si512(shifted.all);
+  const __m512i fraction = _mm512_permutexvar_epi32(sixteenths, _mm512_load_si512(table.powers));
+  const Floats power = _mm512_castsi512_ps(_mm512_add_epi32(fraction, _mm512_slli_epi32(sixteenths, 19)));
+  return fma(power, rest * 0.693147182f, power);
+}
+
+#ifdef __AVX512BF16__
+inline void store_two(bfloat16* to, Floats x, Floats y) { _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(y.all, x.all)); }
+#endif
+
 // Of each four, which lie in each other's places, all that belong together side by side.
 inline __m512i in_order(__m512i fours) {
   return _mm512_permutexvar_epi32(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), fours);

@@ -154,6 +154,26 @@ struct Tiles {
     multiply_avx2<Kind>(rows, count, panels, steps, c, c_stride, more, between);
 #endif
   }
+
+  // 32 rows times many pairs of panels. `take` has each product (32 x 32), with its number, while the next one is multiplied.
+  template <class Kind, class Take>
+  void multiply_all(const Factor& rows, int64_t count, const Factor& panels, int64_t steps, int64_t pairs, const Take& take) const {
+    alignas(64) typename Kind::sum products[2][kTile * kTile];
+#ifdef BERT_EVALUATION_HAS_AMX
+    const bool held = std::is_same_v<Kind, Bf16> && amx && steps <= 2;
+    if (held) hold_rows(rows, steps);
+#endif
+    for (int64_t pair = 0; pair < pairs; pair++) {
+      const Factor right{panels.at(0) + 2 * pair * panels.stride, panels.stride, panels.step};
+#ifdef BERT_EVALUATION_HAS_AMX
+      if (held) multiply_held(right, steps, products[pair % 2]);
+      else
+#endif
+        multiply<Kind>(rows, count, right, steps, products[pair % 2], kTile, false, [](int64_t) {});
+      if (pair) take(pair - 1, products[(pair - 1) % 2]);
+    }
+    take(pairs - 1, products[(pairs - 1) % 2]);
+  }
 };
 
 }  // namespace bert_evaluation

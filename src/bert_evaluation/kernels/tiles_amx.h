@@ -70,6 +70,36 @@ inline void multiply_amx(const Factor& rows, const Factor& panels, int64_t steps
 }
 #undef DOT
 
+// 32 rows of up to two steps stay in tiles 4 to 7, while many panels pass by.
+inline void hold_rows(const Factor& rows, int64_t steps) {
+  asm volatile("" : : : "memory");
+  _tile_loadd(4, rows.at(0), rows.stride);
+  _tile_loadd(5, rows.at(0) + 16 * rows.stride, rows.stride);
+  if (steps < 2) return;
+  _tile_loadd(6, rows.at(1), rows.stride);
+  _tile_loadd(7, rows.at(1) + 16 * rows.stride, rows.stride);
+}
+inline void multiply_held(const Factor& panels, int64_t steps, float* c) {
+  constexpr int64_t stride = kTile * sizeof(float);
+  for (int i = 0; i < 2; i++, c += kPanel) {
+    const char* right = panels.at(0) + i * panels.stride;
+    asm volatile("" : : : "memory");
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_loadd(2, right, kGroupBytes);
+    _tile_dpbf16ps(0, 4, 2);
+    _tile_dpbf16ps(1, 5, 2);
+    if (steps == 2) {
+      _tile_loadd(3, right + panels.step, kGroupBytes);
+      _tile_dpbf16ps(0, 6, 3);
+      _tile_dpbf16ps(1, 7, 3);
+    }
+    _tile_stored(0, c, stride);
+    _tile_stored(1, c + 16 * kTile, stride);
+    asm volatile("" : : : "memory");
+  }
+}
+
 // Sixteen rows of a panel after the other. Each sum is worth 1/256 of the one before; tiles 4 to 6 are a panel's slices and 7
 // one of the rows'. Each slice is loaded once: where neighbours use AMX too, a load takes as long as a product.
 template <class Between>
