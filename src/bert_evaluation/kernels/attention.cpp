@@ -122,9 +122,8 @@ struct Softmax {
       if constexpr (std::is_same_v<T, float>) return if_seen(half, exp2(x));
       else return if_seen(half, near_exp2(x));
     };
-    const Floats first = softened(0), second = softened(1);
-    totals[row] = totals[row] + (first + second);
-    store_two(result + row * stride + key, first, second);
+    // Sums are of rounded numbers, so that where one key is all that matters, its share is one.
+    totals[row] = store_and_add(result + row * stride + key, softened(0), softened(1), totals[row]);
   }
   float first_seen(const float* scores, int64_t row, int64_t key) const {
     const bool* seen = mask(row, key);

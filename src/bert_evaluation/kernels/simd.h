@@ -20,10 +20,11 @@ constexpr int kLanes = 16;
 
 namespace bert_evaluation {
 
-// One behind the other; in bfloat16 AVX-512 has an instruction for that.
-template <class T> inline void store_two(T* to, Floats x, Floats y) {
+// One behind the other; returns `total` and all that, as it is stored.
+template <class T> inline Floats store_and_add(T* to, Floats x, Floats y, Floats total) {
   store(to, x);
   store(to + kLanes, y);
+  return total + (load(to) + load(to + kLanes));
 }
 
 // 2^x, by a polynomial for it between -1/2 and 1/2; 0 for minus infinity and all below -126, NaN for NaN.

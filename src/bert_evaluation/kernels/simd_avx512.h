@@ -82,7 +82,11 @@ inline Floats near_exp2(Floats x) {
 }
 
 #ifdef __AVX512BF16__
-inline void store_two(bfloat16* to, Floats x, Floats y) { _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(y.all, x.all)); }
+inline Floats store_and_add(bfloat16* to, Floats x, Floats y, Floats total) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(y.all, x.all);
+  _mm512_storeu_si512(to, (__m512i)both);
+  return _mm512_dpbf16_ps(total.all, both, (__m512bh)_mm512_set1_epi16(0x3f80));  // times one
+}
 #endif
 
 // Of each four, which lie in each other's places, all that belong together side by side.
