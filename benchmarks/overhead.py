@@ -6,6 +6,9 @@ The fixed cost of a call is what it takes where there is next to nothing to comp
 many layers, but one head, 32 wide, on a single token. Its graph has the same nodes, so it has the same calls of
 operators, their arguments parsed and dispatched, memory allocated, results named. What grows with the work is left out;
 what an operator does at least is in it, so this is the most that the overhead can be, without a profiler's own.
+Python's part of a call is what passes outside of the library that a graph is compiled to (`+Compile`, on a CPU): inputs
+are checked, and results get back to where the model returns them. It is within the fixed cost.
+
 The calls of all take turns in random order, so each finds the caches full of the others' code and weights, as after a
 pause; with `--calls 20` a turn is 20 calls, as where one model answers one question after the other. `Base` is the
 captured graph as it is.
@@ -13,13 +16,16 @@ captured graph as it is.
 
 import argparse
 import copy
-from collections.abc import Mapping
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering
 
-from bert_evaluation import capture, compiled, load
+from bert_evaluation import aot_inductor, capture, compiled, load
 from bert_evaluation import graph as graphs
 from bert_evaluation.capturing import text_inputs
 from bert_evaluation.measurement import Plan, sample, timed
@@ -45,6 +51,8 @@ def main() -> None:
 
     model, _ = load()
     twin = narrow(model)
+    inside = Inside(aot_inductor.library)
+    aot_inductor.library = inside.library
     variants = dict[str, Variant]()
     for text in ("LintAndRecompile", *options.recipes):
         for name, module, inputs in (
@@ -57,24 +65,53 @@ def main() -> None:
             print(f"{text}: the twin has {len(there.graph.nodes)} nodes instead of {len(here.graph.nodes)}.")
     compiled.prepare(graph for graph, _ in variants.values())
 
+    outside = defaultdict[str, list[float]](list)
+
     def call(name: str) -> float:
         graph, inputs = variants[name]
+        inside.seconds = 0.0
 
         def turn() -> None:
             for _ in range(options.calls):
                 graph(**inputs)
 
-        return timed(turn, CPU)[0] / options.calls
+        seconds = timed(turn, CPU)[0]
+        if inside.seconds:
+            outside[name].append((seconds - inside.seconds) / options.calls)
+        return seconds / options.calls
 
     with torch.inference_mode():
         seconds = sample(call, list(variants), Plan(rounds=options.rounds)).seconds
     rounds = f"{options.rounds} rounds of {options.calls}"
     print(f"{options.shape} tokens, {options.threads} threads, {rounds} calls, medians\n")
-    print("| recipe | nodes | call, ms | fixed, ms | share |\n|---|--:|--:|--:|--:|")
+    print("| recipe | nodes | call, ms | fixed, ms | share | Python, ms | share |\n|---|--:|--:|--:|--:|--:|--:|")
     for text in ("LintAndRecompile", *options.recipes):
         whole, fixed = (1000 * median(seconds[name]).estimate for name in (text, f"{text}, fixed"))
         name = "Base" if text == "LintAndRecompile" else text
-        print(f"| {name} | {len(variants[text][0].graph.nodes)} | {whole:.2f} | {fixed:.2f} | {fixed / whole:.1%} |")
+        python = 1000 * median(outside[text]).estimate if text in outside else None
+        part = "– | –" if python is None else f"{python:.3f} | {python / whole:.1%}"
+        nodes = len(variants[text][0].graph.nodes)
+        print(f"| {name} | {nodes} | {whole:.2f} | {fixed:.2f} | {fixed / whole:.1%} | {part} |")
+
+
+class Inside:
+    """Makes libraries like `library`, and adds up the seconds that pass in them."""
+
+    def __init__(self, library: Callable[..., Callable[..., Any]]) -> None:
+        self.seconds = 0.0
+        self._library = library
+
+    def library(self, *arguments: Any) -> Callable[..., Any]:
+        """A library whose calls are timed."""
+        call = self._library(*arguments)
+
+        def run(inputs: Mapping[str, Tensor]) -> Any:
+            start = time.perf_counter()
+            results = call(inputs)
+            self.seconds += time.perf_counter() - start
+            return results
+
+        return run
 
 
 def narrow(model: nn.Module) -> nn.Module:
